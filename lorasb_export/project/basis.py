@@ -34,7 +34,7 @@ def basis_of_task(project: Project, name: str) -> str:
     """Where the basis of a task is, or `own`."""
     own = project.tasks[name].basis if name in project.tasks else None
     if own is None:
-        return str(project.path(project.basis_path))
+        return str(project.basis_folder)
     is_path = project.path(own).exists() or is_mistyped_path(own, project.folder)
     return str(project.path(own)) if own != OWN_BASIS and is_path else own
 
@@ -45,7 +45,7 @@ def shared_folder(project: Project) -> Path:
     Raises:
         SettingsError: it reads like one of the Hub, whose place a new basis would take.
     """
-    folder = project.path(project.basis_path)
+    folder = project.basis_folder
     if parse_hub_folder(project.basis_path) and not folder.parent.is_dir():
         fix = f"Name that one as basis in [tasks.NAME], or with --basis; for a new folder write ./{project.basis_path}"
         raise SettingsError("path reads like a basis of the Hub", where="[basis]", fix=fix)
@@ -54,7 +54,7 @@ def shared_folder(project: Project) -> Path:
 
 def is_shared(project: Project, source: str | Path) -> bool:
     """Whether `source`, as it is written here, is the folder of the basis that the project's tasks share."""
-    return absolute(source) == project.path(project.basis_path)
+    return absolute(source) == project.basis_folder
 
 
 def load_or_make(

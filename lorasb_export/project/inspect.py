@@ -37,7 +37,7 @@ def inspect_project(project: Project) -> dict[str, Any]:
     if project.file is None and not names:
         fix = "Name the folder to inspect, or change to the project's"
         raise SettingsError("there is no lorasb.toml here", where=project.folder, fix=fix)
-    shared = project.path(project.basis_path)
+    shared = project.basis_folder
     basis = _basis(shared)
     sha256_of = cache(lambda folder: _basis(folder).get("sha256"))  # many adapters name one
     adapters = {

@@ -75,6 +75,11 @@ class Project:
         return absolute(self.folder / expanded(relative))
 
     @property
+    def basis_folder(self) -> Path:
+        """Where the basis that the tasks share is, or is to be made."""
+        return self.path(self.basis_path)
+
+    @property
     def adapters_folder(self) -> Path:
         return self.folder / "adapters"
 

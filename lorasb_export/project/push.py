@@ -148,7 +148,7 @@ def push_folder(
 
 
 def _name(project: Project, folder: Path) -> str:
-    return BASIS if folder == project.path(project.basis_path) else folder.name
+    return BASIS if folder == project.basis_folder else folder.name
 
 
 def _local_basis(folder: Path) -> Path | None:

@@ -111,7 +111,7 @@ class FitRequest:
         """Raise ArtifactError where the shared basis is gone that adapters to start from are in: another would be made.
         Of those in a basis that is not the project's it is told."""
         started = [name for name in self.bases if self.starts.basis(name) is not None]
-        folder = self.project.path(self.project.basis_path)
+        folder = self.project.basis_folder
         shared = {name for name in started if is_shared(self.project, self.bases[name])}
         if (gone := sorted(shared)) and is_free(folder):
             fix = "Restore it, or leave out --start-from"

@@ -152,7 +152,7 @@ def calibrate_into(
         OutputError: `target` exists, or adapters of the project were trained in it.
         SettingsError: there is no task, though one is needed; and as `calibrate`, with its other errors.
     """
-    refuse_to_strand(project, target)
+    _refuse_to_strand(project, target)
     if not tasks and settings.directions not in DRAWN:
         tasks = {name: project.task_source(name) for name in project.shared_tasks()}
         if not tasks:
@@ -170,14 +170,14 @@ def calibrate_into(
         base = BaseModel.resolve(model or project.require_model())
         basis = calibrate(base, tasks, settings, weights=weights)
         if distributed.is_main():
-            refuse_to_strand(project, target)  # by an adapter that was trained meanwhile
+            _refuse_to_strand(project, target)  # by an adapter that was trained meanwhile
             basis.save(target, overwrite=overwrite)
         distributed.barrier()
     distributed.stop()
     return basis
 
 
-def refuse_to_strand(project: Project, target: Path) -> None:
+def _refuse_to_strand(project: Project, target: Path) -> None:
     """Raise OutputError when `target` is a basis that adapters of the project were trained in, and need; or runs that
     are under way, or were interrupted.
 

@@ -18,7 +18,7 @@ from ..names import PLACE
 from ..settings import CalibrationSettings, FitSettings
 from ..training.checkpoints import refuse_begun, working_folder
 from ..training.job import Job
-from ..training.requirements import check_requirements, require_same_task
+from ..training.requirements import check_requirements, require_same_task, two_bases
 from ..training.run_basis import with_rate
 from .basis import basis_of_task, is_shared
 from .project import OWN_BASIS, Project
@@ -100,7 +100,7 @@ class FitRequest:
         self.targets = folders or {name: project.adapter_folder(name) for name in names}
         self.places = {name: project.other_source(name, data) if data else project.task_source(name) for name in names}
         if start and basis == OWN_BASIS:
-            raise SettingsError("R of another basis to start from, and a basis of its own", fix="Leave out either")
+            raise two_bases()
         self.starts, self._basis = Starts(project, start, self.targets), basis
         # Where the basis of each task is, or `own`.
         self.bases = {name: basis or self.starts.basis(name) or basis_of_task(project, name) for name in names}

@@ -32,7 +32,7 @@ from ..choices import CAUSAL_LM, SEQ_CLS
 from ..data.encoding import Encoded
 from ..data.source import AnySource
 from ..data.task import TaskData, in_order, load_tasks
-from ..errors import BaseModelError, DataError, OutputError, Problems, some
+from ..errors import BaseModelError, DataError, OutputError, Problems, as_lines, some
 from ..files.lock import only_writer
 from ..files.output import is_free
 from ..layers.factors import ModuleBasis
@@ -198,8 +198,8 @@ def _rows_by_task(
     if not rows:
         unlearnable.raise_all("no basis was made")
     if without := unlearnable.found:
-        told = "".join(f"\n  {error}" for error in without[:10])
-        logger.warning("The basis is made without %d of %d tasks:%s", len(without), len(data), told)
+        told = as_lines([str(error) for error in without[:10]], len(without))
+        logger.warning("The basis is made without %d of %d tasks:\n%s", len(without), len(data), told)
     return tasks, rows
 
 

@@ -31,7 +31,7 @@ from ..basis import Basis
 from ..choices import CAUSAL_LM, SEQ_CLS
 from ..data.encoding import Encoded
 from ..data.source import AnySource
-from ..data.task import TaskData, in_order, load_tasks
+from ..data.task import TaskData, in_order, load_tasks, outputs_of
 from ..errors import BaseModelError, DataError, OutputError, Problems, as_lines, some
 from ..files.lock import only_writer
 from ..files.output import is_free
@@ -43,7 +43,7 @@ from ..settings import BLOCK, DRAWN, CalibrationSettings
 from .capture import capture_of_rows, record
 from .gradients import MIN_ROWS, draw, gradients_of_rows, of_share
 from .random_basis import random_factors
-from .requirements import common_kind, empty_of_drawn, outputs_of, require_weights, targets_of
+from .requirements import common_kind, empty_of_drawn, require_weights, targets_of
 from .subspace import (
     EXACT_UP_TO,
     OVERSAMPLE,

@@ -26,7 +26,7 @@ _CHILD_SITE = Path(__file__).parent / "child_site"
 
 
 @cache
-def broken_packages() -> tuple[str, ...]:
+def _broken_packages() -> tuple[str, ...]:
     """Names among the suspects that are installed and raise something other than ImportError when imported."""
     broken = []
     for name in _SUSPECTS:
@@ -59,7 +59,7 @@ class _BeforeTransformers(MetaPathFinder):
     def find_spec(self, fullname: str, path: object, target: object = None) -> None:
         if fullname == "transformers":
             sys.meta_path = [finder for finder in sys.meta_path if finder is not self]  # not in place: it is iterated
-            for name in broken_packages():
+            for name in _broken_packages():
                 for loaded in [key for key in sys.modules if key == name or key.startswith(f"{name}.")]:
                     del sys.modules[loaded]
                 sys.modules[name] = None  # type: ignore[assignment]  # the import system reads None as "not found"
@@ -74,7 +74,7 @@ def child_environment(*hidden: str, **changes: str) -> dict[str, str]:
     environment = {**os.environ, "PYTHONSAFEPATH": "1", **changes}
     # Others are of the working folder: the empty one too, which `PYTHONPATH=$PYTHONPATH:/x` often has.
     path = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(entry)]
-    if hidden := (*broken_packages(), *hidden):
+    if hidden := (*_broken_packages(), *hidden):
         environment["LORASB_HIDDEN_PACKAGES"] = ",".join(hidden)
         path.insert(0, str(_CHILD_SITE))
     return environment | {"PYTHONPATH": os.pathsep.join(path)}

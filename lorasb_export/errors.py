@@ -115,11 +115,11 @@ def some_problems(found: Mapping[str, LoraSBError], *, numbered: bool = False) -
     alike = Counter(error.what for error in found.values())
     first = sorted(found, key=lambda name: alike[found[name].what])[:10]
     lines = [f"{f'{number}. ' * numbered}{name}: {found[name]}" for number, name in enumerate(first, 1)]
-    return _listed(lines, len(found))
+    return as_lines(lines, len(found))
 
 
-def _listed(lines: Sequence[str], of: int) -> str:
-    """Lines of an error, and how many more there are."""
+def as_lines(lines: Sequence[str], of: int) -> str:
+    """Lines of an error or a warning, and how many more there are."""
     more = [f"and {of - len(lines):,} more"] if of > len(lines) else []
     return "\n".join(f"  {line}" for line in (*lines, *more))
 
@@ -154,7 +154,7 @@ class Problems:
             raise self.found[0]
         if self.found:
             lines = [f"{number}. {error}" for number, error in enumerate(self.found[:10], 1)]
-            what = f"{len(self.found)} problems, {outcome}:\n{_listed(lines, len(self.found))}"
+            what = f"{len(self.found)} problems, {outcome}:\n{as_lines(lines, len(self.found))}"
             raise type(self.found[0])(what, fix="")
 
 

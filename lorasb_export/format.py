@@ -62,7 +62,7 @@ AGAIN = "Train or fetch it again"
 EDITED = "Written by another version, or edited by hand"
 
 
-def check_config(config: Mapping[str, Any], keys: Mapping[str, Any], where: Path) -> None:
+def _check_config(config: Mapping[str, Any], keys: Mapping[str, Any], where: Path) -> None:
     """Refuse a config of another format version, with other keys or types, or changed since it was written."""
     if config.get("format_version") != FORMAT_VERSION:
         raise UnreadableError(
@@ -148,7 +148,7 @@ def _is_text(value: Any) -> bool:
     return True
 
 
-def check_module_names(names: Iterable[Any], where: Path) -> None:
+def _check_module_names(names: Iterable[Any], where: Path) -> None:
     """Refuse what is no module's dotted name. The last parts of such names are words of vLLM's command line."""
     for name in names:
         if not isinstance(name, str) or not _MODULE.fullmatch(name):
@@ -163,12 +163,12 @@ def read_basis_config(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int
     """
     where = folder / BASIS_CONFIG
     config = read_json(where)
-    check_config(config, BASIS_KEYS, where)
+    _check_config(config, BASIS_KEYS, where)
     check_keys(config["base_model"], BASE_KEYS, where)
     rank = config["rank"]
     if not config["target_modules"]:
         raise ArtifactError("the basis has no module", where=where, fix=EDITED)
-    check_module_names(config["target_modules"], where)
+    _check_module_names(config["target_modules"], where)
     for name, shape in config["target_modules"].items():
         if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int for n in shape)):
             raise ArtifactError(f"target module {name} has no shape [out, in]", where=where, fix=EDITED)
@@ -199,13 +199,13 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if config.get("peft_type") != PEFT_TYPE:
         what = f"peft_type is {config.get('peft_type')!r:.40}, not {PEFT_TYPE}"
         raise ArtifactError(what, where=where, fix="Not a LoRA-SB adapter")
-    check_config(config, ADAPTER_KEYS, where)
+    _check_config(config, ADAPTER_KEYS, where)
     if config["task_type"] not in get_args(TaskType):
         what = f"task_type is {config['task_type']!r:.40}"
         raise ArtifactError(what, where=where, fix=f"It can be {' or '.join(get_args(TaskType))}; {AGAIN}")
     if finite(config["scaling"]) is None:
         raise ArtifactError(f"non-finite: scaling is {config['scaling']!r:.40}", where=where, fix=AGAIN)
     check_keys(config["basis"], {"sha256": str, "source": str}, where)
-    check_module_names(config["target_modules"], where)
+    _check_module_names(config["target_modules"], where)
     check_training(config["training"], where)
     return config

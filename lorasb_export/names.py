@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Collection, Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 from .errors import ArtifactError, Problems, SettingsError, some
@@ -60,25 +60,12 @@ def name_of(source: Path | str) -> str:
     return source.partition("@")[0].rpartition("/")[2]
 
 
-def find_adapter(word: str, adapters_dir: Path, tasks: Collection[str] = ()) -> Path | str:
+def look_up_adapter(word: str, adapters_dir: Path) -> Path | str | None:
     """The folder or Hub id that a word means: an adapter in `adapters_dir` by its name, else a folder, else a Hub id.
 
-    A word with a `/` that is neither is given back: who reads it says so.
-
-    Args:
-        tasks: names that `lorasb fit` can make an adapter for.
-
-    Raises:
-        SettingsError: a word that can only be a name, and is that of none.
+    A word with a `/` that is neither is given back: who reads it says so. One that can only be a name, and is that of
+    none, is None (`unknown_adapter`). To ask for thousands takes no list of adapters.
     """
-    found = look_up_adapter(word, adapters_dir)
-    if found is None:
-        raise _unknown(word, adapters_dir, tasks, partial(adapters_in, adapters_dir))
-    return found
-
-
-def look_up_adapter(word: str, adapters_dir: Path) -> Path | str | None:
-    """As `find_adapter`, but None for a name that is that of none: to ask for thousands takes no list of adapters."""
     path = expanded(word)
     if word != path.name or word.startswith("."):
         return path if path.is_dir() else word
@@ -86,13 +73,18 @@ def look_up_adapter(word: str, adapters_dir: Path) -> Path | str | None:
     return next(filter(_may_be_adapter, folders), None)
 
 
-def _unknown(
-    name: str, adapters_dir: Path, tasks: Collection[str], list_adapters: Callable[[], Sequence[str]]
+def unknown_adapter(
+    name: str, adapters_dir: Path, tasks: Collection[str], list_adapters: Callable[[Path], Sequence[str]]
 ) -> SettingsError:
-    """The error that no adapter is called `name`, with the nearest that there is, or all."""
+    """The error that no adapter is called `name`, with the nearest that there is, or all.
+
+    Args:
+        tasks: names that `lorasb fit` can make an adapter for.
+        list_adapters: `adapters_in`, or what remembers its answer.
+    """
     if name in tasks:
         return SettingsError(f"task {name} has no adapter yet", where=adapters_dir, fix=f"Run: lorasb fit {name}")
-    present = [name for name in list_adapters() if not name_problem(name)]
+    present = [name for name in list_adapters(adapters_dir) if not name_problem(name)]
     what, path = f"no adapter {name!r}", f"./{name} for a folder elsewhere"
     if not present:
         fix = f"Run lorasb fit in the project's folder, or write {path}"
@@ -107,7 +99,7 @@ def resolve_adapters(
     """Served name → adapter folder, or Hub id, in the order given.
 
     Args:
-        words: as for `find_adapter`, each alone or with `name=` before it. A folder of such a name is not parted.
+        words: as for `look_up_adapter`, each alone or with `name=` before it. A folder of such a name is not parted.
         pass_over: leave out with a warning what would be an error, if anything is left.
 
     Raises:
@@ -115,13 +107,13 @@ def resolve_adapters(
             reported at once.
     """
     found: dict[str, Path | str] = {}
-    problems, list_adapters = Problems(), cache(partial(adapters_in, adapters_dir))
+    problems, list_adapters = Problems(), cache(adapters_in)
     for entry in words:
         with problems:
             *given, word = [entry] if (adapters_dir / entry).is_dir() else entry.split("=", 1)
             source = look_up_adapter(word, adapters_dir)
             if source is None:
-                raise _unknown(word, adapters_dir, tasks, list_adapters)
+                raise unknown_adapter(word, adapters_dir, tasks, list_adapters)
             if "/" not in word and source == adapters_dir / word:
                 _refuse_links_out(adapters_dir / word, adapters_dir)
             name = given[0] if given else name_of(source)

@@ -22,7 +22,7 @@ from lorasb_export.calibration.capture import capture, overview, recorded
 from lorasb_export.calibration.gradients import draw
 from lorasb_export.calibration.subspace import CaptureRatios, to_four_digits
 from lorasb_export.choices import SEQ_CLS
-from lorasb_export.data.task import TaskData, load_task, load_tasks
+from lorasb_export.data.task import TaskData, load_task, load_tasks, task_of
 from lorasb_export.errors import BaseModelError, DataError, SettingsError
 from lorasb_export.inspection import inspect_folder
 from lorasb_export.settings import CalibrationSettings, FitSettings
@@ -54,6 +54,17 @@ def test_weights_of_a_mixture(base: BaseModel, sums: Path, products: Path) -> No
     for wrong in (0.0, -1.0, float("inf"), float("nan")):
         with pytest.raises(SettingsError, match="weight of task a"):
             calibrate(base, data, settings, weights={"a": wrong}, network=network)
+
+
+def test_of_many_tasks_without_a_row_to_learn_from_ten_are_told(
+    base: BaseModel, sums: Path, log: pytest.LogCaptureFixture
+) -> None:
+    long = task_of("long", {"train": [{"prompt": "1" * 600, "completion": "2"}]})
+    data = {"a": sums, **{f"t{k}": long for k in range(12)}}
+    calibrate(base, data, CalibrationSettings(rank=4, samples=4, capture=False), pass_over=True)
+    (told,) = [message for message in log.messages if "The basis is made without 12 of 13 tasks" in message]
+    assert told.count("there is no row to learn from") == 10
+    assert told.endswith("\n  and 2 more")
 
 
 def test_data_without_a_name_is_refused(llama: Path, sums: Path) -> None:

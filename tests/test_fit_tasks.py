@@ -23,6 +23,7 @@ from lorasb_export.base.model import BaseModel
 from lorasb_export.data.task import TaskData, load_task
 from lorasb_export.errors import BaseModelError, BusyError, DataError, OutputError, SettingsError, TrainingError
 from lorasb_export.files.lock import only_writer
+from lorasb_export.names import ours_in
 from lorasb_export.project.fit import fit_tasks
 from lorasb_export.project.fit_plan import plan_fit
 from lorasb_export.project.project import Project
@@ -86,9 +87,9 @@ def test_a_task_that_joins_others_is_named_before_any_is_trained(llama: Path, su
     found = Project.load(tmp_path / "p" / "lorasb.toml")
     with pytest.raises(OutputError, match=r"the target exists.*Name the tasks that are left, or pass --resume"):
         fit_all(found, ["b", "a"], SETTINGS)
-    assert found.adapter_names() == ["a"]
+    assert ours_in(found.adapters_folder) == ["a"]
     assert fit_all(found, ["b", "a"], SETTINGS, resume=True)["a"].sha256 == kept.sha256
-    assert found.adapter_names() == ["a", "b"]
+    assert ours_in(found.adapters_folder) == ["a", "b"]
 
 
 def test_a_task_that_the_settings_do_not_suit_is_named_before_any_is_trained(
@@ -110,7 +111,7 @@ def test_a_task_whose_basis_is_of_another_base_is_named_before_any_is_trained(
     found = project(tmp_path / "p", llama, sums, tasks)
     with pytest.raises(BaseModelError, match=r"not those the artifact was made for"):
         fit_all(found, ["a", "b"], SETTINGS)
-    assert not found.adapter_names()
+    assert not ours_in(found.adapters_folder)
 
 
 def test_a_task_that_cannot_be_trained_leaves_the_others_their_turn(
@@ -245,7 +246,7 @@ def test_a_task_that_another_process_writes_leaves_the_others_their_turn(
             fit_all(found, ["b"], SETTINGS, resume=resume, overwrite=True)
     assert (type(again["b"]), again["b"].where) == (BusyError, str(found.adapter_folder("b")))
     assert again["a"].sha256 == fitted["a"].sha256
-    assert found.adapter_names() == ["a", "b", "c"]
+    assert ours_in(found.adapters_folder) == ["a", "b", "c"]
 
 
 def test_layers_are_counted_in_the_network_that_the_tasks_share(
@@ -272,7 +273,7 @@ def test_candidates_lie_where_the_pattern_says(llama: Path, sums: Path, tmp_path
     together = fit_all(found, ["a", "b"], SETTINGS, together=True, out=str(tmp_path / "p" / "c" / "{name}"))
     assert [adapter.folder for adapter in together.values()] == [tmp_path / "p" / "c" / name for name in "ab"]
     assert Adapter.load(tmp_path / "p" / "c" / "a").load_basis().sha256 == fitted["a"].basis_sha256
-    assert not found.adapter_names()
+    assert not ours_in(found.adapters_folder)
 
 
 def test_of_several_tasks_it_is_told_whose_turn_it_is(

@@ -51,13 +51,16 @@ def test_more_adapters_than_one_waits_for_are_to_be_named(tmp_path: Path, monkey
     (tmp_path / "onnx").mkdir()
     for name in tasks:
         (tmp_path / "adapters" / name).mkdir(parents=True)
-        (tmp_path / "adapters" / name / "adapter_config.json").write_text("{}")
+        (tmp_path / "adapters" / name / "adapter_config.json").write_text('{"peft_type": "LORA_SB"}')
     write_record(tmp_path / "onnx", {"kind": "onnx-adapters", "task_type": CAUSAL_LM, "adapters": tasks})
     what = "there are 33 adapters, and at most 32 are asked where none is named"
     for words, where in ([], tmp_path), (["--onnx", "onnx"], "onnx"):
         done = CliRunner().invoke(app, ["generate", "hi", *words])
         assert (done.exit_code, done.stderr) == (1, f"Error: {what} ({where}). Name some with --adapters\n")
     refuse_many(list(tasks)[:32], tmp_path)
+    of_peft = tmp_path / "adapters" / "t7" / "adapter_config.json"  # it is not asked, nor counted
+    of_peft.write_text('{"peft_type": "LORA"}')
+    assert "33 adapters" not in CliRunner().invoke(app, ["generate", "hi"]).stderr
 
 
 def test_a_named_classifier_is_refused_before_the_base_is_loaded(

@@ -148,7 +148,7 @@ def test_adapter_left_out_is_that_of_the_first_task(tmp_path: Path, caplog: pyte
         project.find_adapter(None)
     for name in ("a", "z"):
         project.adapter_folder(name).mkdir(parents=True)
-        (project.adapter_folder(name) / "adapter_config.json").write_text("{}")
+        (project.adapter_folder(name) / "adapter_config.json").write_text('{"peft_type": "LORA_SB"}')
     assert project.find_adapter(None) == str(project.adapter_folder("z"))
     assert caplog.messages == ["No adapter is named: z is taken, the first of z, a"]
     assert project.find_adapter("a") == str(project.adapter_folder("a"))

@@ -305,6 +305,20 @@ def test_who_is_named_has_to_be_good(among_others: Path) -> None:
             assert (done.exit_code, done.stdout, what in done.stderr) == (1, "", True), done.stderr
 
 
+def test_a_merge_that_names_none_passes_over_the_adapter_of_another_tool(
+    project: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Though it lies where that of the first task would."""
+    Path("adapters/a").rename("adapters/b")
+    Path("adapters/a").mkdir()
+    Path("adapters/a/adapter_config.json").write_text('{"peft_type": "LORA"}')
+    done = lorasb("merge", "--dry-run")
+    assert done.exit_code == 0, done.stderr
+    assert "a is no LoRA-SB adapter" in caplog.text
+    shutil.rmtree("adapters/b")
+    assert "no adapter in this project" in lorasb("merge", "--dry-run").stderr
+
+
 def test_a_basis_is_replaced_beside_the_adapter_of_another_tool(
     project: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -117,7 +117,7 @@ def read_network(
             torch.default_generator.manual_seed(seed)
             renew_head(network, empty, newly_initialized)
             keep_layout(network)
-    refuse_newly_initialized(network, newly_initialized, folder)
+    _refuse_newly_initialized(network, newly_initialized, folder)
     return network
 
 
@@ -134,7 +134,7 @@ def _read_by_every_process() -> Iterator[None]:
             os.environ[_EFFICIENT] = before
 
 
-def refuse_newly_initialized(network: PreTrainedModel, missing: Iterable[str], folder: Path) -> None:
+def _refuse_newly_initialized(network: PreTrainedModel, missing: Iterable[str], folder: Path) -> None:
     """Refuse weights that the checkpoint lacks and transformers drew at random.
 
     A classifier's head may be new. The pooler, which checkpoints of language models lack, lies in the body: it is

@@ -31,8 +31,8 @@ from ..basis import Basis
 from ..choices import CAUSAL_LM, SEQ_CLS
 from ..data.encoding import Encoded
 from ..data.source import AnySource
-from ..data.task import TaskData, in_order, load_tasks
-from ..errors import BaseModelError, DataError, OutputError, Problems, some
+from ..data.task import TaskData, in_order, load_tasks, outputs_of
+from ..errors import BaseModelError, DataError, OutputError, Problems, as_lines, some
 from ..files.lock import only_writer
 from ..files.output import is_free
 from ..layers.factors import ModuleBasis
@@ -43,7 +43,7 @@ from ..settings import BLOCK, DRAWN, CalibrationSettings
 from .capture import capture_of_rows, record
 from .gradients import MIN_ROWS, draw, gradients_of_rows, of_share
 from .random_basis import random_factors
-from .requirements import common_kind, empty_of_drawn, outputs_of, require_weights, targets_of
+from .requirements import common_kind, empty_of_drawn, require_weights, targets_of
 from .subspace import (
     EXACT_UP_TO,
     OVERSAMPLE,
@@ -198,8 +198,8 @@ def _rows_by_task(
     if not rows:
         unlearnable.raise_all("no basis was made")
     if without := unlearnable.found:
-        told = "".join(f"\n  {error}" for error in without[:10])
-        logger.warning("The basis is made without %d of %d tasks:%s", len(without), len(data), told)
+        told = as_lines([str(error) for error in without[:10]], len(without))
+        logger.warning("The basis is made without %d of %d tasks:\n%s", len(without), len(data), told)
     return tasks, rows
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..base.given import require_positions
@@ -11,7 +11,7 @@ from ..base.model import BaseModel
 from ..base.products import shape_of
 from ..choices import CAUSAL_LM, SEQ_CLS
 from ..data.source import AnySource
-from ..data.task import TaskData, load_tasks, refuse_single_class
+from ..data.task import TaskData, load_tasks, outputs_of, refuse_single_class
 from ..errors import BaseModelError, DataError, SettingsError, some
 from ..layers.targets import WHERE_TARGETS, find_targets
 from ..settings import DRAWN, CalibrationSettings
@@ -98,11 +98,6 @@ def targets_of(network: PreTrainedModel, base: BaseModel, settings: CalibrationS
         fix += f"tokenizer's files there; or leave these modules out: {WHERE_TARGETS}"
         raise BaseModelError(what, where=base.folder, fix=fix)
     return targets
-
-
-def outputs_of(task_type: str, labels: Sequence[Any]) -> int | None:
-    """Of a classifier's head; one for regression."""
-    return (len(labels) or 1) if task_type == SEQ_CLS else None
 
 
 def empty_of_drawn(base: BaseModel, settings: CalibrationSettings) -> PreTrainedModel:

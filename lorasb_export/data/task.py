@@ -73,7 +73,7 @@ class TaskData:
     @property
     def num_labels(self) -> int | None:
         """Outputs of the classification head: one for regression; None for CAUSAL_LM."""
-        return 1 if self.regression else len(self.labels) or None
+        return outputs_of(self.task_type, self.labels)
 
     def rows(self, split: str) -> Sequence[Row]:
         """Rows of `split`. Raises DataError when the task has none."""
@@ -96,9 +96,19 @@ class TaskData:
         """The split to report on: `test` where there is one, else `valid`."""
         return "test" if self.splits.get("test") else "valid"
 
+    @property
+    def has_held_out(self) -> bool:
+        """Whether that split has rows."""
+        return bool(self.splits.get(self.held_out()))
+
 
 def _digest(rows: object) -> str:
     return hashlib.sha256(as_json(rows)).hexdigest()
+
+
+def outputs_of(task_type: str, labels: Collection[Any]) -> int | None:
+    """Outputs of the head of a classifier of `labels`, of which regression has none; None for CAUSAL_LM."""
+    return (len(labels) or 1) if task_type == SEQ_CLS else None
 
 
 def in_order(labels: Collection[Any], order: Sequence[Any]) -> list[Any]:

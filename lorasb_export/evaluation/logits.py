@@ -41,7 +41,7 @@ def rows_of(base: BaseModel, adapter: Adapter) -> tuple[Inputs, int]:
     task = _task(adapter)
     if task is None:
         return tokenizer(list(_TEXTS), return_tensors="pt", padding=True), 0
-    rows = task.rows(task.held_out() if task.splits.get(task.held_out()) else "train")[:_ROWS]
+    rows = task.rows(task.held_out() if task.has_held_out else "train")[:_ROWS]
     encoded = encode(rows, tokenizer, adapter.task_type, adapter.labels, _WHOLE, embeddings=base.embeddings)
     ends = (base.config.get(key) for key in ("max_position_embeddings", "n_positions"))
     most = min([_TOKENS, *filter(None, ends)])  # learned positions may end before

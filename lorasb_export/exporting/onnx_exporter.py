@@ -41,7 +41,7 @@ _ROPE_OF_TORCH = {"default", "linear", "llama3", "yarn"}  # the others' angles d
 _SPLIT = re.compile(r"model\.layers\.(\d+)\.(?:self_(attn)|(mlp))\.((?:q|k|v|o|gate|up|down)_proj)")
 
 
-class GraphPrecision(NamedTuple):
+class _GraphPrecision(NamedTuple):
     """One precision.
 
     Attributes:
@@ -58,11 +58,11 @@ class GraphPrecision(NamedTuple):
 
 
 PRECISIONS = {
-    "fp32": GraphPrecision("cpu", "float32", 4.0),
-    "int8": GraphPrecision("cpu", "float32", 6.0, bits=8),
-    "int4": GraphPrecision("cpu", "float32", 5.0, bits=4),
-    "fp16": GraphPrecision("cuda", "float16", 2.0),
-    "bf16": GraphPrecision("cuda", "bfloat16", 2.0),
+    "fp32": _GraphPrecision("cpu", "float32", 4.0),
+    "int8": _GraphPrecision("cpu", "float32", 6.0, bits=8),
+    "int4": _GraphPrecision("cpu", "float32", 5.0, bits=4),
+    "fp16": _GraphPrecision("cuda", "float16", 2.0),
+    "bf16": _GraphPrecision("cuda", "bfloat16", 2.0),
 }
 
 

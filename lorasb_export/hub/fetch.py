@@ -44,7 +44,7 @@ def resolve_folder(source: str | Path, files: Sequence[str]) -> tuple[Path, str]
             return path, str(path)
     asked = parse_hub_folder(source)
     if asked is None or path.exists() or expanded(asked.repo).exists():
-        raise neither_folder_nor_id(source, ArtifactError)
+        raise _neither_folder_nor_id(source, ArtifactError)
     inside = f"{asked.path}/" if asked.path else ""
     wanted = [inside + file for file in files]
     name, commit, root = snapshot(str(asked._replace(path="")), wanted, ArtifactError)
@@ -113,7 +113,7 @@ def snapshot(
 
     parsed = parse_hub_id(source)
     if parsed is None or expanded(source).exists():
-        raise neither_folder_nor_id(source, kind, before)
+        raise _neither_folder_nor_id(source, kind, before)
     name, _, tagged = parsed
     if revision is None and is_mistyped_path(source):
         raise _no_such_folder(source, kind, before)
@@ -139,7 +139,7 @@ def _no_such_folder(source: str, kind: type[LoraSBError], before: str) -> LoraSB
     return kind(f"{before}no such folder in {parent}, which is one of this disk{near}", where=source, fix=fix)
 
 
-def neither_folder_nor_id(source: str | Path, kind: type[LoraSBError], before: str = "") -> LoraSBError:
+def _neither_folder_nor_id(source: str | Path, kind: type[LoraSBError], before: str = "") -> LoraSBError:
     """To raise for a `source` that cannot be found anywhere."""
     fix = "Give an existing folder, or a Hub id: owner/name or owner/name@revision"
     if re.match(r"[\w-]+/[\w.-]+/(adapter|bas)", str(source)):

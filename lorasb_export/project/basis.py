@@ -35,7 +35,7 @@ def basis_of_task(project: Project, name: str) -> str:
     """Where the basis of a task is, or `own`."""
     own = project.tasks[name].basis if name in project.tasks else None
     if own is None:
-        return str(project.path(project.basis_path))
+        return str(project.basis_folder)
     is_path = project.path(own).exists() or is_mistyped_path(own, project.folder)
     return str(project.path(own)) if own != OWN_BASIS and is_path else own
 
@@ -46,7 +46,7 @@ def shared_folder(project: Project) -> Path:
     Raises:
         SettingsError: it reads like one of the Hub, whose place a new basis would take.
     """
-    folder = project.path(project.basis_path)
+    folder = project.basis_folder
     if parse_hub_folder(project.basis_path) and not folder.parent.is_dir():
         fix = f"Name that one as basis in [tasks.NAME], or with --basis; for a new folder write ./{project.basis_path}"
         raise SettingsError("path reads like a basis of the Hub", where="[basis]", fix=fix)
@@ -55,7 +55,7 @@ def shared_folder(project: Project) -> Path:
 
 def is_shared(project: Project, source: str | Path) -> bool:
     """Whether `source`, as it is written here, is the folder of the basis that the project's tasks share."""
-    return absolute(source) == project.path(project.basis_path)
+    return absolute(source) == project.basis_folder
 
 
 def load_or_make(
@@ -153,7 +153,7 @@ def calibrate_into(
         OutputError: `target` exists, or adapters of the project were trained in it.
         SettingsError: there is no task, though one is needed; and as `calibrate`, with its other errors.
     """
-    refuse_to_strand(project, target)
+    _refuse_to_strand(project, target)
     if not tasks and settings.directions not in DRAWN:
         tasks = {name: project.task_source(name) for name in project.shared_tasks()}
         if not tasks:
@@ -171,14 +171,14 @@ def calibrate_into(
         base = BaseModel.resolve(model or project.require_model())
         basis = calibrate(base, tasks, settings, weights=weights)
         if distributed.is_main():
-            refuse_to_strand(project, target)  # by an adapter that was trained meanwhile
+            _refuse_to_strand(project, target)  # by an adapter that was trained meanwhile
             basis.save(target, overwrite=overwrite)
         distributed.barrier()
     distributed.stop()
     return basis
 
 
-def refuse_to_strand(project: Project, target: Path) -> None:
+def _refuse_to_strand(project: Project, target: Path) -> None:
     """Raise OutputError when `target` is a basis that adapters of the project were trained in, and need; or runs that
     are under way, or were interrupted.
 

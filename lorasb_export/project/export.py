@@ -111,7 +111,7 @@ def tasks_to_compare(project: Project, folders: Sequence[str], data: str | None)
                 task = load_task(name, source)
             except DataError as error:
                 logger.warning("The data of %s cannot be read: %s", name, error)
-        if task is not None and task.splits.get(task.held_out()):
+        if task is not None and task.has_held_out:
             found[loaded.name or ""] = task
         else:
             compared = "the graph is compared on built-in prompts only (--data names them)"

@@ -88,7 +88,7 @@ def _kinds(request: FitRequest) -> dict[str, Kind]:
         with problems:
             task = request.checked(name)
             kinds[name] = task.task_type, task.num_labels
-            if not task.splits.get(task.held_out()) and request.project.task(name).hold_out is None:
+            if not task.has_held_out and request.project.task(name).hold_out is None:
                 unscored.append(name)
         if problems.is_full:
             break

@@ -17,9 +17,10 @@ def adapters_to_ask(project: Project) -> tuple[list[str], list[str]]:
     Raises:
         SettingsError: there are more adapters than one question should go to.
     """
-    refuse_many(project.adapter_names(), project.folder)
+    names = ours_in(project.adapters_folder)
+    refuse_many(names, project.folder)
     generating, classifiers = list[str](), list[str]()
-    for name in ours_in(project.adapters_folder):
+    for name in names:
         try:
             generates = read_adapter_config(project.adapter_folder(name))["task_type"] == CAUSAL_LM
         except ArtifactError:

@@ -13,6 +13,7 @@ from ..errors import ArtifactError, SettingsError
 from ..files.kind import ADAPTER_CONFIG, BASIS_CONFIG, artifact_kind
 from ..format import finite, only_numbers, read_adapter_config, read_basis_config
 from ..hub.ids import parse_hub_folder
+from ..names import adapters_in
 from .project import Project
 
 
@@ -32,11 +33,11 @@ def inspect_project(project: Project) -> dict[str, Any]:
     Raises:
         SettingsError: the folder is no project and has no adapters.
     """
-    names = dict.fromkeys([*project.tasks, *project.adapter_names()])
+    names = dict.fromkeys([*project.tasks, *adapters_in(project.adapters_folder)])
     if project.file is None and not names:
         fix = "Name the folder to inspect, or change to the project's"
         raise SettingsError("there is no lorasb.toml here", where=project.folder, fix=fix)
-    shared = project.path(project.basis_path)
+    shared = project.basis_folder
     basis = _basis(shared)
     sha256_of = cache(lambda folder: _basis(folder).get("sha256"))  # many adapters name one
     adapters = {

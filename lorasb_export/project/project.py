@@ -13,7 +13,7 @@ from ..data.source import TaskSource
 from ..errors import ArtifactError, SettingsError, some
 from ..files.storage import absolute, expanded
 from ..hub.ids import is_mistyped_path, may_be_dataset, parse_hub_id
-from ..names import adapters_in, find_adapter, name_problem, task_name_problem
+from ..names import adapters_in, look_up_adapter, name_problem, ours_in, task_name_problem, unknown_adapter
 from ..settings import CalibrationSettings, FitSettings
 from .file import FILE_NAME, Task, nearest, read_project_file
 
@@ -75,15 +75,16 @@ class Project:
         return absolute(self.folder / expanded(relative))
 
     @property
+    def basis_folder(self) -> Path:
+        """Where the basis that the tasks share is, or is to be made."""
+        return self.path(self.basis_path)
+
+    @property
     def adapters_folder(self) -> Path:
         return self.folder / "adapters"
 
     def adapter_folder(self, name: str) -> Path:
         return self.adapters_folder / name
-
-    def adapter_names(self) -> list[str]:
-        """Names of the adapters there are, sorted."""
-        return adapters_in(self.adapters_folder)
 
     def tasks_to_fit(self, words: Sequence[str] | None, data: str | None) -> list[str]:
         """The tasks named, or all of the project.
@@ -129,22 +130,25 @@ class Project:
         return {name: self.tasks[name].weight for name in names if name in self.tasks}
 
     def find_adapter(self, word: str | None) -> str:
-        """The folder or Hub id behind a word: `names.find_adapter` among the adapters of this project.
+        """The folder or Hub id behind a word: `look_up_adapter` among the adapters of this project.
 
         None is the adapter of the project's first task that has one; of several it is said which.
 
         Raises:
-            SettingsError: None, and the project has no adapter; or see `names.find_adapter`.
+            SettingsError: None, and the project has no adapter; or a name that is that of none.
         """
         if word is None:
-            names = dict.fromkeys(self.adapter_names())
+            names = dict.fromkeys(ours_in(self.adapters_folder))
             ordered = list(dict.fromkeys([*(name for name in self.tasks if name in names), *names]))
             if not ordered:
                 raise self.lacks("no adapter in this project", "Run lorasb fit, or name one")
             word = ordered[0]
             if len(names) > 1:
                 logger.warning("No adapter is named: %s is taken, the first of %s", word, some(ordered))
-        return str(find_adapter(word, self.adapters_folder, self.tasks))
+        found = look_up_adapter(word, self.adapters_folder)
+        if found is None:
+            raise unknown_adapter(word, self.adapters_folder, self.tasks, adapters_in)
+        return str(found)
 
     def find_folder(self, word: str) -> str:
         """As `find_adapter`, but any existing folder of that name comes first; an adapter that it hides is told of."""

@@ -16,10 +16,10 @@ from ..files.kind import BASIS_FILES, artifact_kind
 from ..files.storage import absolute
 from ..format import read_adapter_config
 from ..hub.ids import ADAPTERS, BASES, BASIS
-from ..names import PLACE, ours_in
+from ..names import PLACE, adapters_in, ours_in
 from ..publishing.folder_card import Licences
 from ..publishing.project_repository import push_parts
-from ..publishing.push import push
+from ..publishing.push import push_one
 from ..publishing.repository import is_of_one
 from .project import Project
 
@@ -51,7 +51,7 @@ def push_project(
             request would bring a new basis, or `with_basis` for one repository.
         and what `push` raises.
     """
-    names = ours_in(project.adapters_folder) if only is None else project.adapter_names()
+    names = (ours_in if only is None else adapters_in)(project.adapters_folder)
     if not names:
         raise project.lacks("no adapter in this project", "Run lorasb fit, or name a folder")
     if PLACE not in repo and with_basis:
@@ -143,11 +143,11 @@ def push_folder(
     if undecided and (basis := _local_basis(folder)):
         basis_repo = repo.replace(PLACE, _name(project, basis))
     target = repo.replace(PLACE, _name(project, folder))
-    return push(folder, target, with_basis=with_basis, basis_repo=basis_repo, **options)
+    return push_one(folder, target, with_basis=with_basis, basis_repo=basis_repo, **options)
 
 
 def _name(project: Project, folder: Path) -> str:
-    return BASIS if folder == project.path(project.basis_path) else folder.name
+    return BASIS if folder == project.basis_folder else folder.name
 
 
 def _local_basis(folder: Path) -> Path | None:

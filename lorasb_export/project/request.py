@@ -18,7 +18,7 @@ from ..names import PLACE
 from ..settings import CalibrationSettings, FitSettings
 from ..training.checkpoints import refuse_begun, working_folder
 from ..training.job import Job
-from ..training.requirements import check_requirements, require_same_task
+from ..training.requirements import check_requirements, require_same_task, two_bases
 from ..training.run_basis import with_rate
 from .basis import basis_of_task, is_shared
 from .project import OWN_BASIS, Project
@@ -100,7 +100,7 @@ class FitRequest:
         self.targets = folders or {name: project.adapter_folder(name) for name in names}
         self.places = {name: project.other_source(name, data) if data else project.task_source(name) for name in names}
         if start and basis == OWN_BASIS:
-            raise SettingsError("R of another basis to start from, and a basis of its own", fix="Leave out either")
+            raise two_bases()
         self.starts, self._basis = Starts(project, start, self.targets), basis
         # Where the basis of each task is, or `own`.
         self.bases = {name: basis or self.starts.basis(name) or basis_of_task(project, name) for name in names}
@@ -111,7 +111,7 @@ class FitRequest:
         """Raise ArtifactError where the shared basis is gone that adapters to start from are in: another would be made.
         Of those in a basis that is not the project's it is told."""
         started = [name for name in self.bases if self.starts.basis(name) is not None]
-        folder = self.project.path(self.project.basis_path)
+        folder = self.project.basis_folder
         shared = {name for name in started if is_shared(self.project, self.bases[name])}
         if (gone := sorted(shared)) and is_free(folder):
             fix = "Restore it, or leave out --start-from"

@@ -82,7 +82,7 @@ class Starts:
 
 def _shared_basis(project: Project) -> tuple[str, str | None]:
     """Where the project's shared basis is to be, and its hash, if it is there."""
-    folder = project.path(project.basis_path)
+    folder = project.basis_folder
     is_there = (folder / "basis_config.json").is_file()
     return str(folder), read_basis_config(folder)[0]["sha256"] if is_there else None
 

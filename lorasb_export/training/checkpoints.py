@@ -175,7 +175,7 @@ def identity_of(
     }
 
 
-def check_identity(checkpoint: Path, identity: Mapping[str, Any]) -> None:
+def _check_identity(checkpoint: Path, identity: Mapping[str, Any]) -> None:
     """Raise TrainingError when the checkpoint is of a run with other settings, data, basis or base."""
     saved, wanted = read_json(checkpoint / COMPLETE), json.loads(json.dumps(identity))
     differing = [key for key in wanted if key != "settings" and saved.get(key) != wanted[key]]
@@ -206,7 +206,7 @@ def to_resume(
     found = {}
     for rate in settings.rates:
         if checkpoint := last_complete(rate_folder(folder, rate, settings)):
-            check_identity(checkpoint, identity_of(replace(settings, learning_rate=rate), tasks, base, basis, start))
+            _check_identity(checkpoint, identity_of(replace(settings, learning_rate=rate), tasks, base, basis, start))
             found[rate] = checkpoint
     return found
 

@@ -36,7 +36,7 @@ from ..settings import CalibrationSettings, FitSettings
 from .checkpoints import RESUME, SAME, check_folder, open_folder, step_of, to_resume
 from .finished import differences
 from .record import write_training_record
-from .requirements import check_requirements, require_start
+from .requirements import check_requirements, require_start, two_bases
 from .restored import accelerate_kept, left_as_found, random_state_kept
 from .run_basis import captured_once, own_basis, with_rate
 from .runs import TrainingRuns
@@ -97,7 +97,7 @@ class Job:
             for out in outs:
                 refuse_own_input(out, basis.source)
         elif start is not None:
-            raise SettingsError("R of another basis to start from, and a basis of its own", fix="Leave out either")
+            raise two_bases()
         self._network, self._basis, self._measure, self._start = network, basis, measure, start
         self._damaged: dict[Path, str] = {}  # adapters that `overwrite` replaces, and what is wrong with them
         self.settings = with_rate(settings, self.base, basis, tasks[0], network)

@@ -64,6 +64,12 @@ def check_rows(task: TaskData, settings: FitSettings) -> None:
         _refuse_without_valid_rows(task, settings)
 
 
+def two_bases() -> SettingsError:
+    """The error of what is to start from an adapter, and in a basis of its own."""
+    what = "R of another basis to start from, and a basis of its own: the adapter to start from fixes the basis"
+    return SettingsError(what, fix="Leave out either")
+
+
 def require_start(start: Adapter, basis: Basis, tasks: Sequence[TaskData], settings: FitSettings) -> None:
     """Raise where tasks cannot go on from the adapter `start`.
 

@@ -12,8 +12,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import lorasb_export
-
 REFERENCE = Path(__file__).parent / "reference"
 LIBRARY = Path(__file__).parents[1] / "lorasb_export"
 
@@ -107,9 +105,8 @@ def python_page() -> str:
         found = {node.name: node for node in ast.parse(source).body if isinstance(node, Shown)}
         for entry in names:
             name, _, methods = entry.partition(":")
-            home = "lorasb_export" if name in lorasb_export.__all__ else _module(path)
             lines = "\n".join(_lines(source.splitlines(), found[name], methods.split()))
-            parts.append(f"## {name}\n\n```python\nfrom {home} import {name}\n\n\n{lines}\n```\n")
+            parts.append(f"## {name}\n\n```python\nfrom lorasb_export import {name}\n\n\n{lines}\n```\n")
     parts += ["## Types\n\n```python", *_types(), "```\n"]
     parts += ["## Errors\n\nIn `lorasb_export.errors`.\n\n| | is also a | |\n|---|---|---|", *_errors(), ""]
     return "\n".join(parts)

@@ -95,7 +95,7 @@ class Adapter:
         All but a sequence classifier's head: it is trained with R, in fp32, and lies in the adapter. Its labels are
         those of the model's config. Of the model only names and shapes are compared with the basis: whether its
         weights are those of the base, `BaseModel.verify` says. An adapter that is there is replaced;
-        `lorasb_export.layers.inject.remove(model)` takes it off.
+        `lorasb_export.remove(model)` takes it off.
 
         Args:
             scaling: s.
@@ -147,7 +147,7 @@ class Adapter:
 
         They are copies: what becomes of them on the model, `save` does not see. To train it on, take
         `attach(model, adapter.load_basis(), start=adapter)`. An adapter that is there is replaced;
-        `lorasb_export.layers.inject.remove(model)` takes it off.
+        `lorasb_export.remove(model)` takes it off.
         """
         from .layers.head import load_head
         from .layers.inject import inject

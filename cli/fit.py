@@ -16,7 +16,7 @@ from .words import FORMS, percentages, spelled_out
 
 if TYPE_CHECKING:
     from lorasb_export.adapter import Adapter
-    from lorasb_export.settings import FitSettings
+    from lorasb_export.project.request import FitRequest
 
 REPORTED = (
     "steps",
@@ -137,6 +137,8 @@ def run(
     directions: Annotated[str | None, _OF_THE_BASIS] = None,
 ) -> None:
     """Train one adapter per task in a frozen basis."""
+    if dry_run and together:
+        raise typer.BadParameter("--dry-run looks at each task by itself: leave --together out")
     from lorasb_export.settings import FitSettings
 
     flags = run.given(FitSettings)
@@ -144,45 +146,50 @@ def run(
         flags["learning_rate"] = _rates(learning_rate)
     settings = FitSettings(**{**run.project.fit, **flags})
     names = run.project.tasks_to_fit(spelled_out(task or (), lambda: run.project.tasks), data)
-    with_own = [name for name in names if name in run.project.tasks and run.project.tasks[name].fit]
-    own = {name: run.project.settings_of(name, flags) for name in with_own}
-    options: dict[str, Any] = {
-        "own": {name: of_task for name, of_task in own.items() if of_task != settings},
-        "model": model,
-        "data": data,
-        "basis": basis,
-        "start": start,
-        "out": out,
-        "resume": resume,
-        "overwrite": overwrite,
-    }
-    if dry_run:
-        if together:
-            raise typer.BadParameter("--dry-run looks at each task by itself: leave --together out")
-        _dry_run(run, names, settings, options)
-        return
-    from lorasb_export.project.fit import fit_tasks  # only now: it brings torch and transformers
+    from lorasb_export.project.request import FitRequest, own_settings  # only now: it brings torch and transformers
 
-    fitted = fit_tasks(run.project, names, settings, together=together, **options)
+    request = FitRequest(
+        run.project,
+        names,
+        settings,
+        own=own_settings(run.project, names, flags, settings),
+        model=model,
+        data=data,
+        basis=basis,
+        start=start,
+        out=out,
+        resume=resume,
+        overwrite=overwrite,
+    )
+    if dry_run:
+        _dry_run(run, request)
+    else:
+        _fit(run, request, together=together)
+
+
+def _fit(run: Run, request: FitRequest, *, together: bool) -> None:
+    """Train, and print what came of each task: in the order asked for, though they are trained network by network."""
+    from lorasb_export.project.fit import fit_tasks
+
     adapters: dict[str, Any] = {}
     failed: dict[str, LoraSBError] = {}
     lines: dict[str, list[str]] = {}
 
     def in_order() -> list[str]:
-        """As the tasks are asked for; they are trained network by network."""
-        return [line for name in dict.fromkeys(names) for line in lines.get(name, ())]
+        return [line for name in request.targets for line in lines.get(name, ())]
 
+    fitted = fit_tasks(request, together=together)
     for name, adapter in run.done_of(fitted, {"adapters": adapters}, lambda: "\n".join(in_order()), failed):
         adapters[name] = _summary(adapter)
         lines[name] = _lines(name, adapter)
-    _tell(run, {"adapters": {name: adapters[name] for name in names if name in adapters}}, in_order(), failed)
+    _tell(run, {"adapters": {name: adapters[name] for name in request.targets if name in adapters}}, in_order(), failed)
 
 
-def _dry_run(run: Run, names: list[str], settings: FitSettings, options: dict[str, Any]) -> None:
+def _dry_run(run: Run, request: FitRequest) -> None:
     """Print what a fit would do; the exit code is 1 where it would refuse a task or the whole."""
-    from lorasb_export.project.fit_plan import plan_fit  # only now: it brings torch and transformers
+    from lorasb_export.project.fit_plan import plan_fit
 
-    tasks = plan_fit(run.project, names, settings, **options)
+    tasks = plan_fit(request)
     width = max(map(len, tasks))
     lines = []
     for name, found in tasks.items():

@@ -21,7 +21,7 @@ CLI = """# Command line
 Generated from `--help` by `make docs`; do not edit. Every verb prints its result on stdout and everything else on
 stderr, and exits with 0 (done), 1 (an expected failure, explained in one line), 2 (wrong usage), 130 or 143
 (interrupted by Ctrl-C or SIGTERM; `torchrun` itself then exits with 1), or 141 (nobody reads its output any longer).
-Paths written in `lorasb.toml` are relative to that file, paths on the command line to the working folder.
+Paths written in `lorasb.toml` are relative to that file, paths on the command line to the current folder.
 
 With `--json` the result is one object. What was written is under `out`. A verb that does several things has an entry
 for each of them, by name under `adapters` (`fit`), `evaluation` (`recorded` says whether they are in its card now) or

@@ -18,7 +18,7 @@ def summary(basis: Basis, out: Path) -> dict[str, Any]:
     from lorasb_export.calibration.capture import overview
     from lorasb_export.calibration.subspace import by_module, spread
 
-    capture = None
+    capture: dict[str, Any] | None = None
     if found := basis.calibration.get("capture"):
         capture = {
             "basis": found["basis"],

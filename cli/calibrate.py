@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lorasb_export.choices import Directions, LoadedDtype, LossMean, Reduction
 
+from .calibrate_text import basis_lines, summary
 from .verb import Run
-from .words import given, parse_pairs, percentages
+from .words import given, parse_pairs
 
 if TYPE_CHECKING:
     from lorasb_export.data.source import AnySource
@@ -81,10 +81,8 @@ def run(
 ) -> None:
     """Calibrate one frozen basis (B, A) over one task or a mixture."""
     given_data, given_weights = parse_pairs("--data", "NAME=PATH", data), _weights(weight)
-    from lorasb_export.calibration.capture import overview  # only now: it brings torch
-    from lorasb_export.calibration.subspace import by_module, spread
     from lorasb_export.files.storage import expanded
-    from lorasb_export.project.basis import calibrate_into, is_shared, shared_folder
+    from lorasb_export.project.basis import calibrate_into, is_shared, shared_folder  # only now: it brings torch
     from lorasb_export.settings import DRAWN, CalibrationSettings, FitSettings
 
     project = run.project
@@ -99,30 +97,8 @@ def run(
     basis = calibrate_into(
         project, target, settings, model=model, tasks=sources, weights=given_weights, overwrite=overwrite
     )
-    result: dict[str, Any] = {
-        "out": str(target),
-        "sha256": basis.sha256,
-        "rank": basis.rank,
-        "modules": len(basis.modules),
-        "samples": basis.calibration["samples"],
-        "energy": spread(basis.calibration["energy"].values()),
-        "capture": None,
-    }
-    made_from = "random numbers" if settings.directions in DRAWN else f"{result['samples']} rows"
-    lines = [f"Basis of rank {basis.rank} for {result['modules']} modules from {made_from}: {target}"]
-    if found := basis.calibration.get("capture"):
-        result["capture"] = {
-            "basis": found["basis"],
-            "random": found["random"],
-            "by_module": by_module(found["modules"]),
-            "tasks": {name: overview(of_task) for name, of_task in found["tasks"].items()},
-        }
-        lines += [
-            f"It keeps {percentages(result['energy'])} of the first step's energy.",
-            "How much of the gradient it captures, beside a task's own basis and a random one:",
-            _table(result["capture"], result["samples"]),
-        ]
-    run.result(result, "\n".join(lines))
+    result = summary(basis, target)
+    run.result(result, "\n".join(basis_lines(result)))
     if is_shared(project, target) and (differing := basis.differences(project.calibration)):
         where = project.file
         run.say(f"fit will refuse this basis: {', '.join(differing)}, says [basis] in {where}. Write there what it is")
@@ -136,18 +112,3 @@ def _weights(words: list[str] | None) -> dict[str, float]:
         except ValueError:
             raise typer.BadParameter(f"--weight: of {name} {word!r} is not a number") from None
     return weights
-
-
-def _table(capture: Mapping[str, Any], samples: int) -> str:
-    """One line for each task that was measured, and one for the gradient the basis was made from."""
-    rows = {**capture["tasks"], "all": {"rows": samples, **capture}}
-    width = max(map(len, ["task", *rows]))
-    lines = [f"{'task':{width}}   rows  basis  by module    own  random"]
-    for name, found in rows.items():
-        of_module = found["by_module"]["basis"]
-        span = f"{of_module['min']:.0%}-{of_module['max']:.0%}"
-        own = f"{found['own']:.0%}" if "own" in found else "-"
-        lines.append(
-            f"{name:{width}} {found['rows']:6} {found['basis']:6.0%} {span:>10} {own:>6} {found['random']:7.0%}"
-        )
-    return "\n".join(lines)

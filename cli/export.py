@@ -10,10 +10,10 @@ import typer
 
 from lorasb_export.choices import MAX_DROP, ExportFormat, Precision
 from lorasb_export.errors import LoraSBError
-from lorasb_export.files.storage import expanded, folder_bytes
 
+from .export_text import export_lines
 from .verb import Run
-from .words import FORMS, given, human_bytes, spelled_out
+from .words import FORMS, spelled_out
 
 INTERRUPTED = (
     "What was being written is not there; with {name} in --out the folders before it are: name the adapters that are "
@@ -75,63 +75,75 @@ def run(
     ] = False,
 ) -> None:
     """Write adapters in another format."""
-    from lorasb_export.names import PLACE, ours_in
+    _refuse_contradictions(
+        format=format,
+        out=out,
+        into=into,
+        precision=precision,
+        routed=routed,
+        verify=verify,
+        with_rows=data is not None or max_drop is not None,
+    )
+    from lorasb_export.names import ours_in
+
+    words = spelled_out(adapter or (), partial(ours_in, run.project.adapters_folder))
+    format = "onnx-adapters" if into is not None else format or "peft"
+    from lorasb_export.project.export import Export  # only now: it brings torch
+
+    asked = Export(
+        run.project,
+        into or out or format,
+        format=format,
+        adds=into is not None,
+        precision=precision,
+        model=model,
+        verify=verify,
+        data=data,
+        max_drop=max_drop,
+        overwrite=overwrite or (into is not None and not words),  # all that is asked for: what has changed too
+        routed=routed,
+    )
+    folders, failed = asked.adapters(words)
+    if asked.is_one_each:
+        _each(run, asked.write_each(folders), failed)
+        return
+    result = asked.write(folders)
+    if folders:
+        done = f"Added to {into}" if into is not None else f"Exported {format} to {asked.out}"
+        run.result(result, "\n".join(export_lines(done, result)), failed)
+    else:
+        run.result(result, "" if failed else f"Nothing to add to {into}", failed)
+
+
+def _refuse_contradictions(
+    *,
+    format: str | None,
+    out: str | None,
+    into: str | None,
+    precision: str | None,
+    routed: bool,
+    verify: bool | None,
+    with_rows: bool,
+) -> None:
+    """Raise typer.BadParameter for options that do not go together.
+
+    Args:
+        with_rows: it is to be compared on held-out rows.
+    """
+    from lorasb_export.names import PLACE
 
     if into is not None and (routed or out is not None or precision is not None):
         raise typer.BadParameter("--into goes without --out, --routed and --precision: the folder has its own")
     if into is not None and format not in (None, "onnx-adapters"):
         raise typer.BadParameter(f"--into adds to an export of onnx-adapters, not of {format}")
-    format = format or "peft"
-    to_peft = into is None and format == "peft"
-    verify = not to_peft if verify is None else verify
-    compared = data is not None or max_drop is not None  # on held-out rows, though the graph be fp32
-    if compared and (to_peft or not verify or precision == "bf16"):
+    to_peft = into is None and format in (None, "peft")
+    if with_rows and (to_peft or verify is False or precision == "bf16"):
         what = "--data and --max-drop are for comparing an ONNX graph with torch"
         raise typer.BadParameter(f"{what}: not for peft, bf16 or --no-verify")
     if to_peft and precision is not None:
         raise typer.BadParameter("--precision is of an ONNX graph: add --format onnx or onnx-adapters")
-    each = out is not None and PLACE in out
-    if each and format == "onnx-adapters":
+    if out is not None and PLACE in out and format == "onnx-adapters":
         raise typer.BadParameter(f"{PLACE} in --out is for peft and onnx: a folder of onnx-adapters holds all of them")
-    everything = not adapter and (each or into is not None or format == "onnx-adapters")
-    words = spelled_out(adapter or (), partial(ours_in, run.project.adapters_folder))
-    folders = [] if everything else [run.project.find_adapter(word) for word in words or (None,)]
-    from lorasb_export.exporting.onnx_adapters import exported_record  # only now: it brings torch
-    from lorasb_export.project.export import Export, adapters_to_export
-
-    record = None if into is None else exported_record(expanded(into))
-    asked = Export(
-        run.project,
-        format="peft" if to_peft else "onnx-adapters" if into is not None else format,
-        precision=precision or (record["precision"] if record else "fp32"),
-        model=model,
-        verify=verify,
-        data=data,
-        compared=compared,
-        overwrite=overwrite or (into is not None and everything),  # all that is asked for: what has changed too
-        routed=routed,
-        **given(max_drop=max_drop),
-    )
-    failed: dict[str, LoraSBError] = {}
-    if out is not None and each:
-        folders = folders or [str(run.project.adapter_folder(name)) for name in ours_in(run.project.adapters_folder)]
-        if not folders:
-            raise run.project.lacks("no adapter in this project", "Run lorasb fit, or name one")
-        _each(run, asked.write_each(folders, out), failed)
-        return
-    if everything:
-        folders, failed = adapters_to_export(run.project, None if into is None else expanded(into))
-    if into is None:
-        target, verb = out or format, f"Exported {format} to"
-        result = asked.write(folders, target)
-    elif folders:
-        target, verb = into, "Added to"
-        result = asked.add(folders, into)
-    else:
-        result = {**(record or {}), "out": into, "bytes": folder_bytes(expanded(into))}
-        run.result(result, "" if failed else f"Nothing to add to {into}", failed)
-        return
-    run.result(result, "\n".join(_lines(f"{verb} {target}", result)), failed)
 
 
 def _each(
@@ -141,35 +153,5 @@ def _each(
     lines: list[str] = []
     for name, result in run.done_of(exported, {"exported": results}, lambda: "\n".join(lines), failed):
         results[name] = result
-        lines.extend(_lines(f"{name}: exported to {result['out']}", result))
+        lines.extend(export_lines(f"{name}: exported to {result['out']}", result))
     run.result({"exported": results}, "\n".join(lines), failed)
-
-
-def _lines(done: str, result: dict[str, Any]) -> list[str]:
-    return [f"{done} ({human_bytes(result['bytes'])})", *_comparisons(result.get("verify", {}))]
-
-
-def _comparisons(verify: dict[str, Any]) -> list[str]:
-    """What the comparison with torch found, a line for each adapter."""
-    if "relative_difference" in verify:
-        on = f"{verify['rows']} rows of its task" if verify["rows"] else "built-in text"
-        return [
-            f"PEFT's logits differ from the adapter's by {verify['relative_difference']:.1g} of the largest, on {on}"
-        ]
-    results = {"": verify} if "prompts" in verify else verify
-    lines = []
-    for name, found in results.items():
-        line = f"{name + ': ' if name else ''}"
-        if "equal_prompts" in found:
-            line += f"{found['equal_prompts']} of {found['prompts']} answers equal torch's"
-        else:
-            line += f"numbers differ from torch's by {found['gap']:.1g} at most"
-        if "metric" in found:
-            line += (
-                f"; {found['metric']} on {found['rows']} held-out rows {found['onnx']:.1%}, torch {found['torch']:.1%}"
-            )
-        if found.get("rows_left_out"):
-            reason = "they have no answer, or do not fit into the model's context"
-            line += f"; {found['rows_left_out']} held-out rows left out: {reason}"
-        lines.append(line)
-    return lines

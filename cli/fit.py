@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,26 +10,13 @@ import typer
 from lorasb_export.choices import Init, Keep, LoadedDtype, Metric, Optimizer, Schedule, Tracker
 from lorasb_export.errors import LoraSBError
 
+from .fit_text import adapter_lines, plan_lines, summary
 from .verb import Run
-from .words import FORMS, percentages, spelled_out
+from .words import FORMS, spelled_out
 
 if TYPE_CHECKING:
-    from lorasb_export.adapter import Adapter
-    from lorasb_export.settings import FitSettings
+    from lorasb_export.project.request import FitRequest
 
-REPORTED = (
-    "steps",
-    "learning_rates",
-    "best_step",
-    "rows",
-    "rows_left_out",
-    "rows_cut",
-    "train_loss",
-    "valid_loss",
-    "valid_metrics",
-    "energy",
-    "capture",
-)
 SHARES_WORK = True
 SAVES_MEMORY = ("a smaller --batch-size", "a smaller --max-length", "--gradient-checkpointing", "--dtype bfloat16")
 INTERRUPTED = "Go on with the same command and --resume."
@@ -137,6 +123,8 @@ def run(
     directions: Annotated[str | None, _OF_THE_BASIS] = None,
 ) -> None:
     """Train one adapter per task in a frozen basis."""
+    if dry_run and together:
+        raise typer.BadParameter("--dry-run looks at each task by itself: leave --together out")
     from lorasb_export.settings import FitSettings
 
     flags = run.given(FitSettings)
@@ -144,58 +132,53 @@ def run(
         flags["learning_rate"] = _rates(learning_rate)
     settings = FitSettings(**{**run.project.fit, **flags})
     names = run.project.tasks_to_fit(spelled_out(task or (), lambda: run.project.tasks), data)
-    with_own = [name for name in names if name in run.project.tasks and run.project.tasks[name].fit]
-    own = {name: run.project.settings_of(name, flags) for name in with_own}
-    options: dict[str, Any] = {
-        "own": {name: of_task for name, of_task in own.items() if of_task != settings},
-        "model": model,
-        "data": data,
-        "basis": basis,
-        "start": start,
-        "out": out,
-        "resume": resume,
-        "overwrite": overwrite,
-    }
-    if dry_run:
-        if together:
-            raise typer.BadParameter("--dry-run looks at each task by itself: leave --together out")
-        _dry_run(run, names, settings, options)
-        return
-    from lorasb_export.project.fit import fit_tasks  # only now: it brings torch and transformers
+    from lorasb_export.project.request import FitRequest, own_settings  # only now: it brings torch and transformers
 
-    fitted = fit_tasks(run.project, names, settings, together=together, **options)
+    request = FitRequest(
+        run.project,
+        names,
+        settings,
+        own=own_settings(run.project, names, flags, settings),
+        model=model,
+        data=data,
+        basis=basis,
+        start=start,
+        out=out,
+        resume=resume,
+        overwrite=overwrite,
+    )
+    if dry_run:
+        _dry_run(run, request)
+    else:
+        _fit(run, request, together=together)
+
+
+def _fit(run: Run, request: FitRequest, *, together: bool) -> None:
+    """Train, and print what came of each task: in the order asked for, though they are trained network by network."""
+    from lorasb_export.project.fit import fit_tasks
+
     adapters: dict[str, Any] = {}
     failed: dict[str, LoraSBError] = {}
     lines: dict[str, list[str]] = {}
 
     def in_order() -> list[str]:
-        """As the tasks are asked for; they are trained network by network."""
-        return [line for name in dict.fromkeys(names) for line in lines.get(name, ())]
+        return [line for name in request.targets for line in lines.get(name, ())]
 
+    fitted = fit_tasks(request, together=together)
     for name, adapter in run.done_of(fitted, {"adapters": adapters}, lambda: "\n".join(in_order()), failed):
-        adapters[name] = _summary(adapter)
-        lines[name] = _lines(name, adapter)
-    _tell(run, {"adapters": {name: adapters[name] for name in names if name in adapters}}, in_order(), failed)
+        adapters[name] = summary(adapter)
+        lines[name] = adapter_lines(name, adapter)
+    _tell(run, {"adapters": {name: adapters[name] for name in request.targets if name in adapters}}, in_order(), failed)
 
 
-def _dry_run(run: Run, names: list[str], settings: FitSettings, options: dict[str, Any]) -> None:
+def _dry_run(run: Run, request: FitRequest) -> None:
     """Print what a fit would do; the exit code is 1 where it would refuse a task or the whole."""
-    from lorasb_export.project.fit_plan import plan_fit  # only now: it brings torch and transformers
+    from lorasb_export.project.fit_plan import plan_fit
 
-    tasks = plan_fit(run.project, names, settings, **options)
-    width = max(map(len, tasks))
-    lines = []
-    for name, found in tasks.items():
-        words = [found["action"], f"from step {found['step']}" if found["action"] == "resume" else "", found["why"]]
-        lines.append(f"{name:{width}}  {'  '.join(filter(None, words))}")
-    counts = Counter(found["action"] for found in tasks.values())
-    of_each = ", ".join(f"{count} to {action}" for action, count in counts.items())
-    lines.append(f"{len(tasks)} {'task' if len(tasks) == 1 else 'tasks'}: {of_each}")
-    trains = bool(counts["train"] or counts["resume"])
-    if counts["refuse"] and not trains:
-        lines.append("Nothing would be trained.")
-    _tell(run, {"tasks": tasks, "trains": trains}, lines)
-    if counts["refuse"]:
+    tasks = plan_fit(request)
+    actions = {found["action"] for found in tasks.values()}
+    _tell(run, {"tasks": tasks, "trains": not actions.isdisjoint({"train", "resume"})}, plan_lines(tasks))
+    if "refuse" in actions:
         raise typer.Exit(1)
 
 
@@ -210,47 +193,9 @@ def _tell(run: Run, value: dict[str, Any], lines: list[str], failed: Mapping[str
         distributed.stop()
 
 
-def _summary(adapter: Adapter) -> dict[str, Any]:
-    chosen = adapter.training.get("settings", {})
-    of_fit = {key: chosen.get(key) for key in ("learning_rate", "metric")}
-    return {"out": str(adapter.folder), **of_fit, **{key: adapter.training.get(key) for key in REPORTED}}
-
-
-def _lines(name: str, adapter: Adapter) -> list[str]:
-    from lorasb_export.calibration.capture import one_line
-
-    training, folder = adapter.training, adapter.folder
-    if not {"settings", "steps", "rows", "train_loss", "valid_loss"} <= training.keys():
-        return [f"{name}: left as it is, for it does not say how it was trained, {folder}"]
-    settings = training["settings"]
-    split = "train" if training["valid_loss"] is None else "valid"
-    rows, left_out = training["rows"], training["rows_left_out"]
-    of_rows = f", {left_out} of {rows + left_out} rows left out" if left_out else ""
-    of_rows += f", {cut} of {rows} cut at max_length" if (cut := training.get("rows_cut")) else ""
-    lines = [
-        f"{name}: {training['steps']} steps at learning rate {settings['learning_rate']:g}, "
-        f"{split} loss {training[f'{split}_loss']:.4f}{of_rows}, {folder}"
-    ]
-    if training.get("learning_rates"):
-        lines.append(f"  {_compared(training['learning_rates'], settings)}")
-    if training.get("capture") and training.get("energy"):
-        lines.append(f"  {one_line(training['capture'])}")
-        lines.append(f"  and keeps {percentages(training['energy'])} of the energy of the step it was made from")
-    return lines
-
-
 def _rates(words: str) -> float | tuple[float, ...]:
     try:
         first, *more = map(float, words.split(","))
     except ValueError:
         raise typer.BadParameter(f"{words!r} is no rate, nor several with commas") from None
     return (first, *more) if more else first
-
-
-def _compared(values: Mapping[str, float | None], settings: Mapping[str, Any]) -> str:
-    """What came of each learning rate, and whether the best may lie beyond those that were tried."""
-    kept, found = settings["learning_rate"], sorted((float(rate), value) for rate, value in values.items())
-    told = ", ".join(f"{rate:g} " + ("not finite" if value is None else f"{value:.4f}") for rate, value in found)
-    ends = {found[0][0]: "a lower", found[-1][0]: "a higher"}
-    beyond = f"; {ends[kept]} one may do better" if kept in ends else ""
-    return f"{settings['metric']} by learning rate: {told}. {kept:g} is kept{beyond}"

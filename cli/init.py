@@ -41,7 +41,7 @@ def run(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
-    """Write a commented lorasb.toml into the working folder."""
+    """Write a commented lorasb.toml into the current folder."""
     from lorasb_export.project.init import tasks_in, write_project
 
     named = parse_pairs("--task", "NAME=DATA", task)
@@ -88,7 +88,7 @@ def _add(run: Run, named: dict[str, str], found: dict[str, str]) -> None:
 
 
 def _from(folder: str, path: str) -> str:
-    """A path as it is written in a file that lies in `folder`: ours are relative to the working folder."""
+    """A path as it is written in a file that lies in `folder`: ours are relative to the current folder."""
     if folder == os.path.realpath(os.curdir) or os.path.isabs(os.path.expanduser(path)) or not os.path.exists(path):
         return path
     return os.path.relpath(os.path.realpath(path), folder)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from lorasb_export.choices import NF4, Dtype, MergedOnto
+from lorasb_export.choices import Dtype, MergedOnto
 from lorasb_export.files.storage import real
 
+from .merge_text import combined_text, merged_text, plan_text
 from .verb import Run
-from .words import human_bytes
 
 MODEL, MAX_SHARD = "model", "5GB"
-_ROUNDED = ", onto the base in four bits"
 INTERRUPTED = "Nothing was written to --out; the same command again goes on after the last finished shard of a model."
 
 
@@ -78,7 +77,7 @@ def run(
         dry_run=dry_run,
         report=report,
     )
-    run.result(result, _plan(result) if dry_run else _done(result))
+    run.result(result, plan_text(result) if dry_run else merged_text(result))
 
 
 def _combine(run: Run, words: list[str], out: str, *, overwrite: bool) -> None:
@@ -87,8 +86,7 @@ def _combine(run: Run, words: list[str], out: str, *, overwrite: bool) -> None:
 
     weights: dict[str | Path, float] = {chosen: 1.0} if isinstance(chosen, str) else chosen
     result = combine_into(weights, out, overwrite=overwrite)
-    summed = " + ".join(f"{one['weight']:g}·{one['name']}" for one in result["adapters"])
-    run.result(result, f"Wrote {result['out']}: {summed}, {human_bytes(result['bytes'])}")
+    run.result(result, combined_text(result))
 
 
 def _adapters(run: Run, words: list[str]) -> str | dict[str | Path, float]:
@@ -121,37 +119,3 @@ def _parse(word: str) -> tuple[str, float]:
         return word.rpartition("=")[0], float(text)
     except ValueError:
         raise typer.BadParameter(f"{word!r}: {text!r} is not a number") from None
-
-
-def _what(result: dict[str, Any]) -> str:
-    return f"{result['modules']} modules, {human_bytes(result['bytes'])} in {result['shards']} file(s)"
-
-
-def _plan(result: dict[str, Any]) -> str:
-    kept = result["expected_retained"]
-    return "\n".join(
-        [
-            f"Would merge {_what(result)} into {result['out']}",
-            f"  tensors      {result['modules']} of {result['tensors']} change",
-            f"  dtype        {', '.join(result['stored'])}{_ROUNDED * (result['base_dtype'] == NF4)}",
-            f"  peak memory  about {human_bytes(result['peak_memory_bytes'])}",
-            f"  free disk    {human_bytes(result['free_bytes'])}",
-            f"  kept of it   about {kept['cosine']:.3f} (cosine), relative error {kept['relative_error']:.3f}",
-        ]
-    )
-
-
-def _done(result: dict[str, Any]) -> str:
-    kept = result["retained"]
-    text = f"Merged {_what(result)} into {result['out']} in {result['seconds']:.1f} s"
-    if result["shards_reused"]:
-        text += f" ({result['shards_reused']} file(s) were finished before)"
-    text += f"\nOf the update {kept['cosine']:.4f} is kept (cosine), relative error {kept['relative_error']:.4f}"
-    if "verify" in result:
-        found = result["verify"]
-        on = f"{found['rows']} rows of the task" if found["rows"] else "built-in text"
-        text += (
-            f"\nVerified on {on}: the logits differ by at most {found['relative_difference']:.2g} of the largest one, "
-        )
-        text += f"and rounding to {' and '.join(result['stored'])} explains up to {found['tolerance']:.2g}"
-    return text

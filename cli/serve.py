@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -11,12 +10,12 @@ import typer
 from lorasb_export.choices import ServingMode
 from lorasb_export.errors import SettingsError
 
+from .serve_text import plan_text, serving_line
 from .verb import Run
-from .words import human_bytes, listed, spelled_out
+from .words import listed, spelled_out
 
 SAVES_MEMORY = ("--dtype bfloat16",)
 INTERRUPTED = "No server is left running."
-_NAMED = 20  # models that are named in the line that says what is served
 
 
 def run(
@@ -86,30 +85,12 @@ def run(
     options |= {"pass_over": everything}
 
     def ready(server: dict[str, Any]) -> None:
-        run.result(server, f"Serving {_models(server['models'])} on {server['url']}/v1  (Ctrl-C stops)")
+        run.result(server, serving_line(server))
 
     if dry_run:
         plan = make_plan(named, **options, has_key=bool(api_key(api_key_file))).describe()
-        run.result(plan, f"{_command_line(plan)}\n# {_memory(plan['memory'])}")
+        run.result(plan, plan_text(plan))
         return
     options["echo"] = not run.quiet
     starting = partial(run.say, "Starting vLLM; this takes a minute on a CPU")
     raise typer.Exit(serve(named, **options, api_key_file=api_key_file, on_start=starting, on_ready=ready))
-
-
-def _models(names: list[str]) -> str:
-    return ", ".join(names) if len(names) <= _NAMED else f"{names[0]} and {len(names) - 1:,} adapters"
-
-
-def _command_line(plan: dict[str, Any]) -> str:
-    variables = [f"{name}={shlex.quote(value)}" for name, value in plan["environment"].items()]
-    return " ".join([*variables, shlex.join(plan["command"])])
-
-
-def _memory(memory: dict[str, int]) -> str:
-    taken = f"adapters take {human_bytes(memory['slots_bytes'])} in vLLM"
-    if "basis_bytes" not in memory:
-        return f"{taken} and {human_bytes(memory['host_bytes'])} in its copies on the host"
-    one, basis = human_bytes(memory["bytes_per_adapter"]), human_bytes(memory["basis_bytes"])
-    host = f", and {human_bytes(memory['host_bytes'])} in vLLM's copies on the host" if "host_bytes" in memory else ""
-    return f"{taken}, {one} each, and their basis {basis} once{host}"

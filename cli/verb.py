@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from typer.models import OptionInfo
 
-from lorasb_export.errors import LoraSBError, SettingsError, Terminated, some_problems
+from lorasb_export.errors import LoraSBError, SettingsError, Terminated, first_line, some_problems
 from lorasb_export.out_of_memory import is_out_of_memory
 
 from .printing import Harmless, as_json, harmless, parts_of, print_out
@@ -37,7 +37,7 @@ JSON_HELP = "Print one JSON object on stdout, last."
 QUIET_HELP = "No progress and no messages, only the result and errors."
 VERBOSE_HELP = "Show the traceback of an error, and the logs of libraries."
 NOTHING_WRITTEN = "No output was written."
-CONFIG_HELP = "Project file.  [default: lorasb.toml in the working folder]"
+CONFIG_HELP = "Project file.  [default: lorasb.toml in the current folder]"
 
 _SHARED = {
     "json": (Annotated[bool, typer.Option("--json", help=JSON_HELP)], False),
@@ -232,8 +232,7 @@ def _interrupted(run: Run, verb: ModuleType, stop: BaseException) -> typer.Exit:
 
 def _memory_error(error: Exception, ways: Sequence[str]) -> Exception:
     """With the verb's ways to need less of it."""
-    said = str(error).strip().partition("\n")[0]
-    what = f"out of memory ({said})" if said else "out of memory"
+    what = f"out of memory ({first_line(error)})" if str(error).strip() else "out of memory"
     return LoraSBError(what, fix=f"Try {' or '.join(ways)}" if ways else "Free some, or use a larger machine")
 
 

@@ -12,8 +12,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import lorasb_export
-
 REFERENCE = Path(__file__).parent / "reference"
 LIBRARY = Path(__file__).parents[1] / "lorasb_export"
 
@@ -23,7 +21,7 @@ CLI = """# Command line
 Generated from `--help` by `make docs`; do not edit. Every verb prints its result on stdout and everything else on
 stderr, and exits with 0 (done), 1 (an expected failure, explained in one line), 2 (wrong usage), 130 or 143
 (interrupted by Ctrl-C or SIGTERM; `torchrun` itself then exits with 1), or 141 (nobody reads its output any longer).
-Paths written in `lorasb.toml` are relative to that file, paths on the command line to the working folder.
+Paths written in `lorasb.toml` are relative to that file, paths on the command line to the current folder.
 
 With `--json` the result is one object. (`serve` prints it on one line once the server answers; if the server fails
 later, the error is a second line.) What was written is under `out`. A verb that does several things has an entry
@@ -108,9 +106,8 @@ def python_page() -> str:
         found = {node.name: node for node in ast.parse(source).body if isinstance(node, Shown)}
         for entry in names:
             name, _, methods = entry.partition(":")
-            home = "lorasb_export" if name in lorasb_export.__all__ else _module(path)
             lines = "\n".join(_lines(source.splitlines(), found[name], methods.split()))
-            parts.append(f"## {name}\n\n```python\nfrom {home} import {name}\n\n\n{lines}\n```\n")
+            parts.append(f"## {name}\n\n```python\nfrom lorasb_export import {name}\n\n\n{lines}\n```\n")
     parts += ["## Types\n\n```python", *_types(), "```\n"]
     parts += ["## Errors\n\nIn `lorasb_export.errors`.\n\n| | is also a | |\n|---|---|---|", *_errors(), ""]
     return "\n".join(parts)

@@ -126,12 +126,14 @@ from pathlib import Path
 from lorasb_export import distributed
 from lorasb_export.project.fit import fit_tasks
 from lorasb_export.project.project import Project
+from lorasb_export.project.request import FitRequest
 from lorasb_export.settings import FitSettings
 
 project, settings = Project.load("lorasb.toml"), FitSettings(max_steps=1, learning_rate=1e-3)
 found = []
 for options in ({"overwrite": True}, {"resume": True}):
-    found.append({name: type(outcome).__name__ for name, outcome in fit_tasks(project, "abc", settings, **options)})
+    outcomes = fit_tasks(FitRequest(project, "abc", settings, **options))
+    found.append({name: type(outcome).__name__ for name, outcome in outcomes})
 Path(f"found-{distributed.rank()}").write_text(json.dumps(found))
 distributed.stop()
 """

@@ -89,7 +89,7 @@ class Adapter:
 
         The exception is a sequence classifier's head, which is trained with R in fp32 and saved in the adapter. Its
         labels are those of the model's config. Only names and shapes are compared with the basis; `BaseModel.verify`
-        checks the weights. An adapter already on the model is replaced; `lorasb_export.layers.inject.remove(model)`
+        checks the weights. An adapter already on the model is replaced; `lorasb_export.remove(model)`
         takes the adapter off.
 
         Args:
@@ -142,7 +142,7 @@ class Adapter:
 
         The model gets copies: `save` does not see later changes to them. To continue training, use
         `attach(model, adapter.load_basis(), start=adapter)`. An adapter already on the model is replaced;
-        `lorasb_export.layers.inject.remove(model)` takes the adapter off.
+        `lorasb_export.remove(model)` takes the adapter off.
 
         Raises:
             ArtifactError: as for `load_basis`; the model lacks a module of the basis or a parameter of the head, or has

@@ -12,7 +12,7 @@ from safetensors.torch import save as serialize
 
 from . import basis_source
 from .cards import card
-from .files.kind import PEFT_TYPE
+from .files.kind import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_TYPE
 from .files.storage import write_json
 from .format import FORMAT_VERSION, check_training, sealed
 from .provenance import current_training
@@ -29,10 +29,10 @@ def write_adapter(adapter: Adapter, temporary: Path, target: Path, *, embed: boo
         source = basis_source.EMBEDDED
     elif os.path.isabs(source):
         source = basis_source.relative(source, target)
-    (temporary / "adapter.safetensors").write_bytes(tensor_bytes(adapter))
+    (temporary / ADAPTER_WEIGHTS).write_bytes(tensor_bytes(adapter))
     config = config_of(adapter, source)
     check_training(config["training"], "Adapter.training")
-    write_json(temporary / "adapter_config.json", config)
+    write_json(temporary / ADAPTER_CONFIG, config)
     card.write(temporary, card.adapter_card(config))
 
 

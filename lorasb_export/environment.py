@@ -69,10 +69,10 @@ def child_environment(*hidden: str, **changes: str) -> dict[str, str]:
     """The environment for a Python child process in which broken packages, and those named, are hidden as well.
 
     The child (and every Python process it starts) finds `child_site/sitecustomize.py` first on its path, and nothing
-    in the working folder.
+    in the current folder.
     """
     environment = {**os.environ, "PYTHONSAFEPATH": "1", **changes}
-    # Others are of the working folder: the empty one too, which `PYTHONPATH=$PYTHONPATH:/x` often has.
+    # Others are of the current folder: the empty one too, which `PYTHONPATH=$PYTHONPATH:/x` often has.
     path = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(entry)]
     if hidden := (*_broken_packages(), *hidden):
         environment["LORASB_HIDDEN_PACKAGES"] = ",".join(hidden)

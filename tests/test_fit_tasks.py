@@ -27,6 +27,7 @@ from lorasb_export.names import ours_in
 from lorasb_export.project.fit import fit_tasks
 from lorasb_export.project.fit_plan import plan_fit
 from lorasb_export.project.project import Project
+from lorasb_export.project.request import FitRequest
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.conftest import lorasb
 from tests.tiny import TEMPLATE, make_gpt2, make_llama
@@ -42,8 +43,8 @@ def project(folder: Path, base: Path, sums: Path, more: str) -> Project:
     return Project.load(folder / "lorasb.toml")
 
 
-def fit_all(*arguments: Any, **options: Any) -> dict[str, Any]:
-    return dict(fit_tasks(*arguments, **options))
+def fit_all(*arguments: Any, together: bool = False, **options: Any) -> dict[str, Any]:
+    return dict(fit_tasks(FitRequest(*arguments, **options), together=together))
 
 
 def test_the_basis_of_a_task_lies_beside_the_file(
@@ -175,7 +176,7 @@ def test_rows_and_R_of_one_task_at_a_time_are_in_memory(
         return task
 
     monkeypatch.setattr("lorasb_export.project.request.load_task", reading)
-    for _, adapter in fit_tasks(found, list("abcd"), SETTINGS):
+    for _, adapter in fit_tasks(FitRequest(found, list("abcd"), SETTINGS)):
         made.append(weakref.ref(adapter))
         gc.collect()  # whatever lies in a cycle
         assert [sum(one() is not None for one in of) for of in (read, made)] == [0, 1]
@@ -198,7 +199,7 @@ def test_a_dry_run_keeps_no_rows_of_refused_tasks(
         return task
 
     monkeypatch.setattr("lorasb_export.project.request.load_task", reading)
-    foreseen = plan_fit(found, list("bcd"), FitSettings(patience=1))  # there are no valid rows
+    foreseen = plan_fit(FitRequest(found, list("bcd"), FitSettings(patience=1)))  # there are no valid rows
     assert {task["action"] for task in foreseen.values()} == {"refuse"}
     assert alive == [0, 0, 0]
 
@@ -340,7 +341,7 @@ def test_together_nothing_is_loaded_where_all_is_kept(
 def test_together_all_that_diverge_are_each_told_once(llama: Path, sums: Path, tmp_path: Path) -> None:
     found = project(tmp_path / "p", llama, sums, '[basis]\nrank = 4\n[tasks.b]\ndata = "data"\n')
     settings = FitSettings(epochs=1, learning_rate=1e30)
-    outcomes = list(fit_tasks(found, ["a", "b"], settings, together=True))
+    outcomes = list(fit_tasks(FitRequest(found, ["a", "b"], settings), together=True))
     assert [(name, type(error)) for name, error in outcomes] == [("a", TrainingError), ("b", TrainingError)]
     assert not [path for path in (tmp_path / "p" / "adapters").iterdir() if not path.name.startswith(".")]
 
@@ -375,7 +376,7 @@ def test_texts_longer_than_the_base_reaches_are_told_by_the_names_of_their_class
     where = ", ".join(names)
     assert str(error.value) == f"max_length is 5000, the base's positions end at 512 ({where}). Lower max_length to 512"
     assert sorted(path.name for path in (tmp_path / "p").iterdir()) == ["data", "lorasb.toml"]
-    foreseen = plan_fit(found, ["a", "b"], SETTINGS, own=own)
+    foreseen = plan_fit(FitRequest(found, ["a", "b"], SETTINGS, own=own))
     assert [foreseen[name]["action"] for name in "ab"] == ["refuse" if name in names else "wait" for name in "ab"]
 
 

@@ -18,12 +18,12 @@ from lorasb_export.belonging import of_one_basis
 from lorasb_export.errors import DataError, MissingPackageError, SettingsError, TrainingError, some
 from lorasb_export.project import fit as module
 from lorasb_export.project.evaluate import evaluate_adapters
-from lorasb_export.project.fit import fit_tasks
 from lorasb_export.project.init import write_project
 from lorasb_export.project.project import Project
 from lorasb_export.provenance import command
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.conftest import lorasb, write_splits
+from tests.test_fit_tasks import fit_all
 
 SETTINGS = FitSettings(max_steps=2)
 
@@ -48,7 +48,7 @@ def test_classifiers_are_trained_and_scored_on_one_loaded_base(
         return load(self, *arguments, **options)
 
     monkeypatch.setattr(BaseModel, "load", watched)
-    adapters = dict(fit_tasks(found, list("abc"), SETTINGS))
+    adapters = fit_all(found, list("abc"), SETTINGS)
     assert loads == ["SEQ_CLS"]
     for adapter in adapters.values():
         assert isinstance(adapter, Adapter)
@@ -111,8 +111,8 @@ def test_classifiers_of_as_many_labels_are_trained_one_after_another(
 
     monkeypatch.setattr(BaseModel, "load", watched)
     found = Project.load()
-    assert [name for name, _ in fit_tasks(found, list("abc"), SETTINGS)] == ["a", "c", "b"]
-    assert [name for name, _ in fit_tasks(found, list("bac"), SETTINGS, overwrite=True)] == ["b", "a", "c"]
+    assert list(fit_all(found, list("abc"), SETTINGS)) == ["a", "c", "b"]
+    assert list(fit_all(found, list("bac"), SETTINGS, overwrite=True)) == ["b", "a", "c"]
     assert loads == [2, 3, 3, 2]
     assert list(json.loads(lorasb("fit", "--resume", "--overwrite", "--json").stdout)["adapters"]) == ["a", "b", "c"]
     told = lorasb("fit", "b", "a", "c", "b", "--resume").stdout.splitlines()
@@ -126,9 +126,9 @@ def test_of_many_tasks_none_is_measured(
     found = project(tmp_path, llama, products, "abc", '[basis]\npath = "basis"\n')
     calibrate(str(llama), {"of": sums}, CalibrationSettings(rank=4)).save(tmp_path / "basis")
     monkeypatch.setattr(module, "MAX_MEASURED", 2)
-    few = dict(fit_tasks(found, ["a", "b"], SETTINGS))
+    few = fit_all(found, ["a", "b"], SETTINGS)
     assert all(isinstance(one, Adapter) and one.training["capture"] is not None for one in few.values())
-    many = dict(fit_tasks(found, list("abc"), SETTINGS, overwrite=True))
+    many = fit_all(found, list("abc"), SETTINGS, overwrite=True)
     assert all(isinstance(one, Adapter) and one.training["capture"] is None for one in many.values())
 
 
@@ -147,9 +147,9 @@ def test_memory_that_sufficed_for_others_is_a_fault_of_the_task(
     monkeypatch.setattr(module, "fit", fit_or_not)
     if trained is None:
         with pytest.raises(MemoryError):
-            list(fit_tasks(found, list("abc"), SETTINGS))
+            fit_all(found, list("abc"), SETTINGS)
         return
-    outcomes = dict(fit_tasks(found, list("abc"), SETTINGS))
+    outcomes = fit_all(found, list("abc"), SETTINGS)
     assert [name for name, outcome in outcomes.items() if isinstance(outcome, Adapter)] == trained
     assert isinstance(outcomes[full], TrainingError)
 
@@ -158,7 +158,7 @@ def test_an_adapter_that_is_kept_says_nothing_of_memory(
     llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = project(tmp_path, llama, sums, "ab", '[basis]\nrank = 4\ndirections = "random"\n')
-    dict(fit_tasks(found, ["a"], SETTINGS))
+    fit_all(found, ["a"], SETTINGS)
 
     def full(base: Any, basis: Any, task: Any, out: Path, *arguments: Any, **options: Any) -> Adapter:
         if task.name == "b":
@@ -167,7 +167,7 @@ def test_an_adapter_that_is_kept_says_nothing_of_memory(
 
     monkeypatch.setattr(module, "fit", full)
     with pytest.raises(MemoryError):
-        list(fit_tasks(found, ["a", "b"], SETTINGS, resume=True))
+        fit_all(found, ["a", "b"], SETTINGS, resume=True)
 
 
 def test_what_is_wrong_with_no_task_is_told_once(
@@ -176,7 +176,7 @@ def test_what_is_wrong_with_no_task_is_told_once(
     found = project(tmp_path, llama, sums, "abc")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingPackageError, match=r"^the package wandb is not installed"):
-        list(fit_tasks(found, list("abc"), replace(SETTINGS, report_to="wandb")))
+        fit_all(found, list("abc"), replace(SETTINGS, report_to="wandb"))
 
 
 def test_tasks_with_bad_rows_are_named_together(llama: Path, sums: Path, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_tasks_with_bad_rows_are_named_together(llama: Path, sums: Path, tmp_pat
     for name in "xy":
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": 1, "completion": "2"}))
     with pytest.raises(DataError) as error:
-        list(fit_tasks(found, ["a", "x", "y"], SETTINGS))
+        fit_all(found, ["a", "x", "y"], SETTINGS)
     assert all(f"{name}.jsonl" in str(error.value) for name in "xy")
 
 
@@ -217,7 +217,7 @@ def test_the_weights_are_looked_at_once_for_all_adapters_that_are_kept(
     llama: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = project(tmp_path, llama, sums, "abc", '[basis]\nrank = 4\ndirections = "random"\n')
-    dict(fit_tasks(found, list("abc"), SETTINGS))
+    fit_all(found, list("abc"), SETTINGS)
     opened: list[Path] = []
     opening = Path.open
 
@@ -226,9 +226,9 @@ def test_the_weights_are_looked_at_once_for_all_adapters_that_are_kept(
         return opening(self, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", watched)
-    kept = dict(fit_tasks(found, ["a"], SETTINGS, resume=True))
+    kept = fit_all(found, ["a"], SETTINGS, resume=True)
     once = len(opened)
-    kept |= dict(fit_tasks(found, list("abc"), SETTINGS, resume=True))
+    kept |= fit_all(found, list("abc"), SETTINGS, resume=True)
     assert all(isinstance(adapter, Adapter) for adapter in kept.values())
     assert (once > 0, len(opened)) == (True, 2 * once)
 
@@ -275,7 +275,7 @@ def test_where_all_is_done_no_weights_are_loaded(
     """As every night that brings no new rows: nor is an empty model made for each task of the shared basis."""
     found = project(tmp_path, llama, sums, "abc", "[basis]\nrank = 4\n")
     asked: dict[str, Any] = {"resume": True, "basis": basis}
-    made = dict(fit_tasks(found, list("abc"), SETTINGS, **asked))
+    made = fit_all(found, list("abc"), SETTINGS, **asked)
     load, load_empty, empty = BaseModel.load, BaseModel.load_empty, list[str]()
 
     def counted(self: BaseModel, *arguments: Any, **options: Any) -> Any:
@@ -285,16 +285,16 @@ def test_where_all_is_done_no_weights_are_loaded(
     monkeypatch.setattr(BaseModel, "load", lambda *_, **__: pytest.fail("loaded"))
     monkeypatch.setattr(BaseModel, "load_empty", counted)
     for more in ({}, {"overwrite": True}):
-        again = dict(fit_tasks(found, list("abc"), SETTINGS, **asked, **more))
+        again = fit_all(found, list("abc"), SETTINGS, **asked, **more)
         assert [getattr(one, "sha256", one) for one in again.values()] == [
             one.sha256 for one in made.values() if isinstance(one, Adapter)
         ]
     assert basis == "own" or empty == ["CAUSAL_LM"] * 2
-    others = dict(fit_tasks(found, ["a", "b"], replace(SETTINGS, seed=1), **asked))
+    others = fit_all(found, ["a", "b"], replace(SETTINGS, seed=1), **asked)
     assert all(isinstance(one, TrainingError) and "trained otherwise" in one.what for one in others.values())
     loads: list[str] = []
     monkeypatch.setattr(BaseModel, "load", lambda *words, **named: loads.append(words[1]) or load(*words, **named))
-    last = dict(fit_tasks(found, list("abc"), replace(SETTINGS, max_steps=1), **asked, overwrite=True))
+    last = fit_all(found, list("abc"), replace(SETTINGS, max_steps=1), **asked, overwrite=True)
     assert all(isinstance(one, Adapter) and one.training["steps"] == 1 for one in last.values())
     assert loads == ["CAUSAL_LM"]
 

@@ -206,7 +206,7 @@ def test_a_flag_undoes_what_the_project_file_turns_on(tmp_path: Path, monkeypatc
         lorasb(*words.split())
     for words in ("push", "push --private"):
         lorasb(*words.split())
-    of_fit = [words[2] for words, _ in seen[:2]]
+    of_fit = [words[0].settings for words, _ in seen[:2]]
     assert [(s.gradient_checkpointing, s.group_by_length) for s in of_fit] == [(True, True), (False, False)]
     of_basis = [words[2] for words, _ in seen[2:4]]
     assert [(s.capture, s.gradient_checkpointing, s.dtype) for s in of_basis] == [

@@ -9,6 +9,7 @@ from ..adapter import Adapter
 from ..cards import card
 from ..errors import ArtifactError
 from ..files.atomic import atomic_file
+from ..files.kind import ADAPTER_CONFIG
 from ..files.lock import only_writer
 from ..files.storage import read_json, write_json
 from ..format import sealed
@@ -28,7 +29,7 @@ def record_evaluation(adapter: Adapter, result: Mapping[str, Any]) -> None:
     """
     folder = adapter.folder
     assert folder is not None
-    path = folder / "adapter_config.json"
+    path = folder / ADAPTER_CONFIG
     if not path.is_file():  # the lock would make the folder anew
         raise ArtifactError("the adapter was removed while it was scored", where=folder, fix="Train or fetch it again")
     card.own_readme(folder)  # or its figures would stand in the config alone

@@ -40,7 +40,7 @@ def ask_onnx(
     """
     record = read_record(folder)
     if record["task_type"] != CAUSAL_LM:
-        fix = "Call lorasb_export.exporting.onnx_run.classify, or score its adapter with `lorasb evaluate`"
+        fix = "Call lorasb_export.classify, or score its adapter with `lorasb evaluate`"
         raise ArtifactError("the graph is a classifier, which answers nothing", where=folder, fix=fix)
     if record["kind"] == "onnx" and adapters is not None:
         raise SettingsError("the folder has one adapter, merged in", where=folder, fix="Name no adapters")

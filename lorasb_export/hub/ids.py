@@ -71,6 +71,6 @@ def may_be_dataset(source: str, folder: Path) -> bool:
 
 def is_mistyped_path(source: str, folder: Path | None = None) -> bool:
     """Whether `source`, which reads like a Hub id and of which there is no folder, is a path even so: into a folder
-    that `folder`, or the working folder, has. The Hub would learn the name, and whoever registers it be trusted."""
+    that `folder`, or the current folder, has. The Hub would learn the name, and whoever registers it be trusted."""
     first, slash, _ = source.partition("/")
     return bool(slash) and "@" not in source and ((folder or Path()) / first).is_dir()

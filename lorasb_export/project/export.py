@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..errors import PER_ITEM_ERRORS, BaseModelError, DataError, LoraSBError, Pr
 from ..exporting import export, onnx_adapters
 from ..exporting.onnx_adapters import exported_record, require_exportable, require_of_graph
 from ..files.output import refuse_existing
-from ..files.storage import expanded
+from ..files.storage import expanded, folder_bytes
 from ..format import read_adapter_config
 from ..names import PLACE, name_of, ours_in
 from .base import find_base
@@ -43,9 +44,7 @@ def adapters_to_export(project: Project, into: Path | None = None) -> tuple[list
         SettingsError: there is no adapter.
         LoraSBError: none can be exported; of the kind of the first problem.
     """
-    names = ours_in(project.adapters_folder)
-    if not names:
-        raise project.lacks("no adapter in this project", "Run lorasb fit, or name one")
+    names = _names(project)
     record = {} if into is None else exported_record(into)
     there = record.get("adapters", {})
     taken = {name.casefold(): name for name in there}
@@ -79,6 +78,13 @@ def adapters_to_export(project: Project, into: Path | None = None) -> tuple[list
         logger.warning("%d of %d are passed over:\n%s", len(problems), len(names), some_problems(problems))
     chosen = of_one_basis(found) if into is None else found
     return [str(project.adapter_folder(name)) for name in chosen], failed
+
+
+def _names(project: Project) -> list[str]:
+    """Of all its adapters. Raises SettingsError where there is none."""
+    if not (names := ours_in(project.adapters_folder)):
+        raise project.lacks("no adapter in this project", "Run lorasb fit, or name one")
+    return names
 
 
 def _is_exported(folder: Path, entry: Mapping[str, Any]) -> bool:
@@ -124,33 +130,57 @@ class Export:
     """How adapters of a project are exported, one or many.
 
     Args:
-        format, precision, routed, verify, max_drop, overwrite: as for `export`.
+        out: the folder to write; with `{name}` in it one for each adapter.
+        format, precision, routed, verify, max_drop, overwrite: as for `export`; None is the default there.
+        adds: `out` is an export of onnx-adapters, of a precision of its own, that they go into.
         model: the base, if it has moved since training.
-        data: held-out rows to compare on, as for `tasks_to_compare`.
-        compared: whether an ONNX graph in fp32 is compared on such rows too; others are.
+        data: held-out rows to compare on, as for `tasks_to_compare`. A graph in fp32 is compared on rows only where
+            these, or `max_drop`, are given.
     """
 
     project: Project
+    out: str
     format: str
-    precision: str
-    model: str | None
-    verify: bool
-    data: str | None
-    compared: bool
-    overwrite: bool
+    adds: bool = False
+    precision: str | None = None
+    model: str | None = None
+    verify: bool | None = None
+    data: str | None = None
+    max_drop: float | None = None
+    overwrite: bool = False
     routed: bool = False
-    max_drop: float = MAX_DROP
 
-    def write(self, folders: Sequence[str], out: str) -> dict[str, Any]:
-        """`export` of the adapters in `folders`, or of those Hub ids, as one."""
-        kind: dict[str, Any] = {"format": self.format, "precision": self.precision, "routed": self.routed}
-        return export.export(folders, out, overwrite=self.overwrite, **kind, **self._options(folders))
+    @property
+    def is_one_each(self) -> bool:
+        """Whether each adapter goes into a folder of its own."""
+        return PLACE in self.out and not self.adds
 
-    def add(self, folders: Sequence[str], into: str) -> dict[str, Any]:
-        """`add_onnx_adapters` of them."""
-        return onnx_adapters.add_onnx_adapters(folders, into, overwrite=self.overwrite, **self._options(folders))
+    def adapters(self, words: Sequence[str]) -> tuple[list[str], dict[str, LoraSBError]]:
+        """The adapters that are named. Where none is: all of the project, or its first task's, if `out` takes only one.
 
-    def write_each(self, folders: Sequence[str], out: str) -> Iterator[tuple[str, dict[str, Any] | LoraSBError]]:
+        Returns:
+            their folders or Hub ids; and, of all for one graph, the problems that `adapters_to_export` found.
+
+        Raises:
+            SettingsError: there is no adapter, or none of that name; or as `adapters_to_export`.
+        """
+        if words or not (self.is_one_each or self.format == "onnx-adapters"):
+            return [self.project.find_adapter(word) for word in words or (None,)], {}
+        if not self.is_one_each:
+            return adapters_to_export(self.project, expanded(self.out) if self.adds else None)
+        return [str(self.project.adapter_folder(name)) for name in _names(self.project)], {}
+
+    def write(self, folders: Sequence[str]) -> dict[str, Any]:
+        """`export` of the adapters in `folders`, or of those Hub ids, as one, or `add_onnx_adapters` of them; where
+        there is none to add, what the export there records."""
+        if not self.adds:
+            return self._write(folders, self.out)
+        if not folders:
+            into = expanded(self.out)
+            return {**exported_record(into), "out": self.out, "bytes": folder_bytes(into)}
+        return onnx_adapters.add_onnx_adapters(folders, self.out, overwrite=self.overwrite, **self._options(folders))
+
+    def write_each(self, folders: Sequence[str]) -> Iterator[tuple[str, dict[str, Any] | LoraSBError]]:
         """`export` of each into a folder of its own: `out` with the adapter's name in place of `{name}`.
 
         Yields:
@@ -164,24 +194,37 @@ class Export:
         named = {name_of(Path(folder) if Path(folder).is_dir() else folder): folder for folder in folders}
         if len(named) < len(folders):
             fix = "Rename a folder, or export them one after another"
-            raise SettingsError("two of the adapters would go to one folder", where=out, fix=fix)
+            raise SettingsError("two of the adapters would go to one folder", where=self.out, fix=fix)
         for name in named:
             there = "Name the adapters that are left, or pass --overwrite"
-            refuse_existing(expanded(out.replace(PLACE, name)), self.overwrite, there, kind=self.format)
+            refuse_existing(expanded(self.out.replace(PLACE, name)), self.overwrite, there, kind=self.format)
         for name in in_turn(named, "export", str):
             try:
-                yield name, self.write([named[name]], out.replace(PLACE, name))
+                yield name, self._write([named[name]], self.out.replace(PLACE, name))
             except (*PER_ITEM_ERRORS, BaseModelError) as error:  # PEFT does not take every layer of every base
                 if len(named) == 1:
                     raise
                 logger.warning("%s is left out: %s", name, error)
                 yield name, error.alone()
 
+    def _write(self, folders: Sequence[str], out: str) -> dict[str, Any]:
+        kind: dict[str, Any] = {"format": self.format, "precision": self._precision, "routed": self.routed}
+        return export.export(folders, out, overwrite=self.overwrite, **kind, **self._options(folders))
+
+    @cached_property
+    def _precision(self) -> str:
+        of_graph = exported_record(expanded(self.out))["precision"] if self.adds else self.precision
+        return of_graph or "fp32"
+
     def _options(self, folders: Sequence[str]) -> dict[str, Any]:
-        unread = self.format == "peft" and not self.verify  # a LoRA is written without the base's weights
+        precision = self._precision  # before the base is looked for: there may be no export to add to
+        verify = self.format != "peft" if self.verify is None else self.verify
+        unread = self.format == "peft" and not verify  # a LoRA is written without the base's weights
         base = self.model if unread else find_base(self.project, self.model, folders[0])
-        options: dict[str, Any] = {"base": base, "verify": self.verify, "max_drop": self.max_drop}
-        is_compared = self.verify and self.format != "peft" and self.precision != "bf16"
-        if is_compared and (self.precision != "fp32" or self.compared):
+        options: dict[str, Any] = {"base": base, "verify": verify}
+        options["max_drop"] = MAX_DROP if self.max_drop is None else self.max_drop
+        is_asked_for = self.data is not None or self.max_drop is not None
+        is_compared = verify and self.format != "peft" and precision != "bf16"
+        if is_compared and (precision != "fp32" or is_asked_for):
             options["data"] = tasks_to_compare(self.project, folders, self.data)
         return options

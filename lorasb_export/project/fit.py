@@ -6,7 +6,7 @@ import gc
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .. import distributed
@@ -21,11 +21,11 @@ from ..errors import PER_ITEM_ERRORS, BusyError, LoraSBError, Problems, Settings
 from ..files.output import is_free
 from ..names import PLACE
 from ..out_of_memory import is_out_of_memory
-from ..settings import CalibrationSettings, FitSettings
+from ..settings import CalibrationSettings
 from ..training.fit import fit, train_together
 from ..training.requirements import check_requirements
 from .basis import is_shared, load_or_make, shared_folder
-from .project import OWN_BASIS, Project
+from .project import OWN_BASIS
 from .request import FitRequest, Kind, one_network_at_a_time
 
 if TYPE_CHECKING:
@@ -44,17 +44,14 @@ def leaves_others(error: Exception) -> bool:
     return isinstance(error, PER_ITEM_ERRORS if distributed.world_size() == 1 else (BusyError, TrainingError))
 
 
-def fit_tasks(
-    project: Project, names: Sequence[str], settings: FitSettings, *, together: bool = False, **options: Any
-) -> Iterator[tuple[str, Fitted]]:
-    """Train the named tasks. The project's shared basis is calibrated first if there is none.
+def fit_tasks(request: FitRequest, *, together: bool = False) -> Iterator[tuple[str, Fitted]]:
+    """Train the tasks of a request. The project's shared basis is calibrated first if there is none.
 
     The rows of all tasks are checked before anything is made, and read again for the training of each: all of them, or
     all R, may be more than memory holds. Nothing is done before the first task is asked for.
 
     Args:
         together: in mixed batches (`fit_together`) instead of one after another.
-        options: of `FitRequest`.
 
     Yields:
         each task's name and adapter, once that is written, those of one network (a type, a number of labels) one after
@@ -68,11 +65,10 @@ def fit_tasks(
         OutputError: an adapter, or an interrupted run, is there already; or, even with `resume` or `overwrite`, what is
             no adapter; nothing was trained.
         DataError, MissingPackageError: see `check_requirements`; nothing was trained.
-        SettingsError: as `FitRequest`; tasks of different bases or settings, or a single one, together; the project's
-            basis is not as its file has it; rows of a task may be longer than the base's learned positions reach.
+        SettingsError: tasks of different bases or settings, or a single one, together; the project's basis is not as
+            its file has it; rows of a task may be longer than the base's learned positions reach.
     """
     distributed.start()
-    request = FitRequest(project, names, settings, **options)
     for name in request.targets:
         request.refuse_there(name, together=together)
     fitting = _Fitting(request, kinds=_kinds(request))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from .. import distributed
@@ -10,23 +9,17 @@ from ..base.given import require_positions
 from ..basis import Basis
 from ..choices import CAUSAL_LM
 from ..errors import LoraSBError, TrainingError, some
-from ..settings import FitSettings
 from .basis import check_to_be_made, load_if_there, shared_folder
 from .fit import leaves_others
-from .project import OWN_BASIS, Project
+from .project import OWN_BASIS
 from .request import FitRequest, Kind, one_network_at_a_time
 
 
-def plan_fit(
-    project: Project, names: Sequence[str], settings: FitSettings, **options: Any
-) -> dict[str, dict[str, Any]]:
+def plan_fit(request: FitRequest) -> dict[str, dict[str, Any]]:
     """What `fit_tasks` would do with each task, by its adapter and checkpoints.
 
     No weights are loaded, and nothing in the project is written; a base of the Hub is fetched, to be compared. What
     shows only in training (rows that are too long, a loss that is not finite) is not foreseen.
-
-    Args:
-        options: of `FitRequest`.
 
     Returns:
         of each task, by name, `action`, `step`, `why` and `out`. The action is `train`, `resume` (from `step`), `keep`
@@ -34,13 +27,13 @@ def plan_fit(
         resumed, but that the refusal of another, which `why` names, ends the run before.
 
     Raises:
-        LoraSBError: the base, a basis or the adapter to start from cannot be read, or is not what it has to be; the
-            shared basis cannot be made of these tasks; `data` or `out` with several tasks.
+        LoraSBError: the base, or a basis, cannot be read, or is not what it has to be; the shared basis cannot be made
+            of these tasks.
     """
     distributed.start()
-    request = FitRequest(project, names, settings, **options)
-    base, kinds, refused = request.base, dict[str, Kind](), dict[str, LoraSBError]()
-    for name in names:
+    project, base = request.project, request.base
+    kinds, refused = dict[str, Kind](), dict[str, LoraSBError]()
+    for name in request.targets:
         try:
             kinds[name] = _check(request, name)
         except LoraSBError as error:
@@ -49,7 +42,7 @@ def plan_fit(
     shared = {source: load_if_there(project, source, base) for source in sources}
     for source in (source for source, basis in shared.items() if basis is None and not refused):
         tasks = {name: place for name, place in request.places.items() if request.bases[name] == source}
-        check_to_be_made(project, base, tasks, project.calibration_settings(settings))
+        check_to_be_made(project, base, tasks, project.calibration_settings(request.settings))
     found, ended_by = dict[str, dict[str, Any]](), list(refused)
     for name in [*one_network_at_a_time(kinds), *refused]:  # in which one that is refused ends those after it
         try:
@@ -63,7 +56,7 @@ def plan_fit(
         if ended_by and action in ("train", "resume"):
             action, step, why = "wait", None, f"the run ends before, by what refuses {some(ended_by)}"
         found[name] = {"action": action, "step": step, "why": why, "out": str(request.targets[name])}
-    return {name: found[name] for name in names}
+    return {name: found[name] for name in request.targets}
 
 
 def _check(request: FitRequest, name: str) -> Kind:

@@ -43,7 +43,7 @@ class Project:
 
     @classmethod
     def load(cls, config: str | Path | None = None) -> Project:
-        """Read `config`, or `lorasb.toml` in the working folder where there is one.
+        """Read `config`, or `lorasb.toml` in the current folder where there is one.
 
         Raises:
             SettingsError: the file named is not there, is not TOML, or has unknown keys or values of a wrong type;

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..base.model import BaseModel
 from ..basis import Basis
@@ -58,8 +58,18 @@ class _SeenOnce(BaseModel):
         return self._fingerprints[of]
 
 
+def own_settings(
+    project: Project, names: Iterable[str], flags: Mapping[str, Any], settings: FitSettings
+) -> dict[str, FitSettings]:
+    """Of the named tasks those that are trained otherwise than by `settings`, since their own tables say so: how."""
+    with_own = [name for name in names if name in project.tasks and project.tasks[name].fit]
+    own = {name: project.settings_of(name, flags) for name in with_own}
+    return {name: of_task for name, of_task in own.items() if of_task != settings}
+
+
 class FitRequest:
-    """What `fit_tasks` is asked to do, or `plan_fit` to say beforehand. To make one reads only the project and `start`.
+    """What `fit_tasks` is asked to do, or `plan_fit` to say beforehand. To make one reads only the project and `start`,
+    and takes no process group: under torchrun each process makes its own before it joins the others.
 
     Args:
         own: of tasks that are trained otherwise, but in the same dtype and with the same seed.

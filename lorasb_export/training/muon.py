@@ -34,9 +34,7 @@ class Muon(torch.optim.AdamW):
         """
         groups = list(groups)
         if not all(isinstance(group, dict) and "orthogonal" in group for group in groups):
-            raise ValueError(
-                "Muon needs groups that say which are R: pass lorasb_export.training.muon.groups_of(model)"
-            )
+            raise ValueError("Muon needs groups that say which are R: pass lorasb_export.groups_of(model)")
         of_head = [p for group in groups if not group["orthogonal"] for p in group["params"]]
         # Fused on a GPU: otherwise each step of a resumed run would ask the device how many there were.
         fused = True if of_head and all(p.is_cuda for p in of_head) else None

@@ -11,7 +11,7 @@ import torch
 
 from ...basis import Basis
 from ...errors import ArtifactError
-from ...files.kind import ADAPTER_FILES
+from ...files.kind import ADAPTER_CONFIG, ADAPTER_FILES, ADAPTER_WEIGHTS
 from ...files.output import cannot_write
 from ...files.storage import read_header, read_json
 from ...format import AGAIN, read_adapter_config
@@ -32,11 +32,11 @@ def load_R(folder: Path, basis: Basis) -> LoadedR:
     """
     config = read_adapter_config(folder)
     if config["basis"]["sha256"] != basis.sha256:
-        where = folder / "adapter_config.json"
+        where = folder / ADAPTER_CONFIG
         raise ArtifactError(
             "trained in another basis than this server's", where=where, fix="Serve it by a server of its own"
         )
-    path, shape = folder / "adapter.safetensors", (basis.rank, basis.rank)
+    path, shape = folder / ADAPTER_WEIGHTS, (basis.rank, basis.rank)
     header = read_header(path)
     if set(header) != {f"{name}.R" for name in basis.modules}:
         raise ArtifactError("the tensors are not one R for each module of the basis", where=path, fix=AGAIN)
@@ -83,4 +83,4 @@ def version_name(name: str, folder: Path) -> str:
 
     The config's digest stands for both files, since the config holds that of the tensors, which `load_R` compares.
     """
-    return f"{name}-{read_json(folder / 'adapter_config.json')['config_sha256'][:16]}"
+    return f"{name}-{read_json(folder / ADAPTER_CONFIG)['config_sha256'][:16]}"

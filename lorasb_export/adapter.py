@@ -25,7 +25,7 @@ from .belonging import basis_for_next, check_same_basis
 from .choices import CAUSAL_LM, SEQ_CLS, Init, require_choice
 from .errors import ArtifactError
 from .files.atomic import atomic_folder
-from .files.kind import ADAPTER_FILES, BASIS_FILES
+from .files.kind import ADAPTER_CONFIG, ADAPTER_FILES, ADAPTER_WEIGHTS, BASIS_CONFIG, BASIS_FILES
 from .files.storage import absolute, expanded, read_header
 from .format import AGAIN, read_adapter_config
 from .hub.fetch import resolve_folder
@@ -221,9 +221,9 @@ class Adapter:
     def _saved_since(self) -> str | None:
         """Where the basis was saved after this adapter was made; None for one that lies in an adapter: this one's."""
         source = self.basis.source if self.basis is not None else None
-        if source is None or not os.path.isfile(os.path.join(source, "basis_config.json")):
+        if source is None or not os.path.isfile(os.path.join(source, BASIS_CONFIG)):
             return None
-        return None if os.path.isfile(os.path.join(source, "adapter_config.json")) else source
+        return None if os.path.isfile(os.path.join(source, ADAPTER_CONFIG)) else source
 
     @classmethod
     def load(cls, source: str | Path) -> Adapter:
@@ -233,11 +233,11 @@ class Adapter:
             ArtifactError: as for `Basis.load`.
         """
         adapter, folder, config = describe(source)
-        where, rank, modules = folder / "adapter_config.json", config["r"], config["target_modules"]
+        where, rank, modules = folder / ADAPTER_CONFIG, config["r"], config["target_modules"]
         if rank < 1 or not modules:
             raise ArtifactError(f"rank {rank} on {len(modules)} target modules", where=where, fix=AGAIN)
         expected = {f"{name}.R": [rank, rank] for name in modules}
-        path = folder / "adapter.safetensors"
+        path = folder / ADAPTER_WEIGHTS
         header = read_header(path)
         head = head_shapes(header, modules, path) if config["task_type"] == SEQ_CLS else {}
         tensors = load_tensors(path, expected | head, config["sha256"])

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from .errors import ArtifactError, Problems, SettingsError, some
-from .files.kind import artifact_kind
+from .files.kind import ADAPTER_CONFIG, artifact_kind
 from .files.storage import expanded, names_in
 from .hub.cache import leads_out
 from .hub.ids import NAME
@@ -156,7 +156,7 @@ def adapters_in(folder: Path) -> list[str]:
 def _may_be_adapter(folder: Path) -> bool:
     """Whether it has an adapter's config, or cannot be looked into: who loads it says so."""
     try:
-        os.stat(folder / "adapter_config.json")  # Path.exists says, by Python's version, that it is not there
+        os.stat(folder / ADAPTER_CONFIG)  # Path.exists says, by Python's version, that it is not there
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return False
     except OSError:

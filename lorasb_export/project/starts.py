@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..adapter import Adapter, describe
 from ..errors import Problems, SettingsError, some
+from ..files.kind import BASIS_CONFIG
 from ..files.storage import absolute
 from ..format import read_basis_config
 from ..hub.ids import is_mistyped_path, parse_hub_folder
@@ -83,7 +84,7 @@ class Starts:
 def _shared_basis(project: Project) -> tuple[str, str | None]:
     """Where the project's shared basis is to be, and its hash, if it is there."""
     folder = project.basis_folder
-    is_there = (folder / "basis_config.json").is_file()
+    is_there = (folder / BASIS_CONFIG).is_file()
     return str(folder), read_basis_config(folder)[0]["sha256"] if is_there else None
 
 

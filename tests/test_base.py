@@ -168,7 +168,7 @@ def test_more_tokens_than_the_base_is_made_for_are_told_of(
         require_positions(network, 2048)
         require_positions(network, 2049)
     learned = BaseModel.resolve(make_gpt2(tmp_path / "gpt2"))  # what is beyond is refused
-    require_positions(learned.load_empty(CAUSAL_LM), 1024)
+    require_positions(learned.load_empty(CAUSAL_LM, dtype="float32"), 1024)
     network.config.max_position_embeddings = 16
     answers(network, tokenizer, ["1", "1" * 20], max_tokens=2, unit="one")
     first, second = (record.getMessage() for record in caplog.records if record.name.startswith("lorasb"))

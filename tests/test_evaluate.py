@@ -97,7 +97,7 @@ def test_a_loss_is_taken_of_one_row_at_a_time(llama: Path, sums: Path, monkeypat
         losses, counts = row_losses(network(**batch).logits, batch["labels"])
     watched = Mock(side_effect=row_losses)
     monkeypatch.setattr(scores, "row_losses", watched)
-    found = row_scores(network, rows, tokenizer.pad_token_id)
+    found = row_scores(network, rows, tokenizer.pad_token_id, batch_size=16)
     assert {len(logits) for (logits, _), _ in watched.call_args_list} == {1}
     assert [count for _, count, _ in found] == counts.tolist()
     assert [loss for loss, _, _ in found] == pytest.approx(losses.tolist())
@@ -111,10 +111,10 @@ def test_scores_are_taken_without_a_cache_and_are_those_with_one(
     rows = encode(load_task("sums", sums).rows("valid"), tokenizer, CAUSAL_LM, [], 64)
     cached: list[bool] = []
     network.register_forward_hook(lambda *arguments: cached.append(arguments[-1].past_key_values is not None))
-    found = row_scores(network, rows, tokenizer.pad_token_id)
+    found = row_scores(network, rows, tokenizer.pad_token_id, batch_size=16)
     assert network.config.use_cache is True
     monkeypatch.setattr(scores, "without_cache", nullcontext)
-    assert row_scores(network, rows, tokenizer.pad_token_id) == found
+    assert row_scores(network, rows, tokenizer.pad_token_id, batch_size=16) == found
     assert cached == [False, True]
 
 

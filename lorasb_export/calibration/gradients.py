@@ -116,8 +116,8 @@ def gradient_sums(
     targets: Mapping[str, torch.nn.Module],
     batches: Iterable[dict[str, Any]],
     *,
-    loss: str = "sample",
-    gradient_checkpointing: bool = True,
+    loss: str,
+    gradient_checkpointing: bool,
 ) -> dict[str, torch.Tensor]:
     """Σ over rows of ∂(loss of the row)/∂W for every target: module name → (out, in), fp32, where `_place` says.
 

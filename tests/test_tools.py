@@ -148,7 +148,7 @@ def test_a_template_that_wants_words_or_calls_of_every_turn(tokenizer: Any) -> N
 def test_a_call_that_is_learnt_after_something_else_than_the_question_has_no_expected_text(tokenizer: Any) -> None:
     tokenizer.chat_template = TOOLED.replace("prompt %}<s>", "prompt %}<s>[think]")
     with pytest.raises(DataError, match=r"writes the call of a tool after something else than the question \(row 1\)"):
-        question_of(tokenizer, {**ROW, "messages": ROW["messages"][:2]}, "row 1")
+        question_of(tokenizer, {**ROW, "messages": ROW["messages"][:2]}, "row 1", ())
 
 
 def test_the_commands_take_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

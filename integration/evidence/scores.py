@@ -33,7 +33,7 @@ def score(model: Any, tokenizer: PreTrainedTokenizerBase, task: TaskData, limit:
     if task.name == "e2e":
         return "bleu", _bleu(model, tokenizer, task.rows("test"), limit)
     rows = some(task.rows("test"), limit)
-    longest = max(question_of(tokenizer, row, "a row").max_tokens for row in rows)
+    longest = max(question_of(tokenizer, row, "a row", ()).max_tokens for row in rows)
     given = answers(model, tokenizer, [row["prompt"] for row in rows], max_tokens=longest, batch_size=BATCH_SIZE)
     return "exact_match", exact_match(given, [row["completion"] for row in rows])
 

@@ -247,7 +247,7 @@ class Question(NamedTuple):
     max_tokens: int
 
 
-def question_of(tokenizer: PreTrainedTokenizerBase, row: Row, where: str, ends: Collection[int] = ()) -> Question:
+def question_of(tokenizer: PreTrainedTokenizerBase, row: Row, where: str, ends: Collection[int]) -> Question:
     """How a row is asked.
 
     What is expected is not always the row's text: a template may write more (Qwen3's empty thoughts), a tokenizer

@@ -98,6 +98,45 @@ def test_chat_templates_that_do_not_do(llama: Path) -> None:
     assert encode(rows, tokenizer, CAUSAL_LM, [], 64)
 
 
+_TURN = MARKED.partition("%}")[2].partition("{% endfor")[0]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        f"{{% macro turn(m) %}}{_TURN}{{% endmacro %}}{{% for m in messages %}}{{{{ turn(m) }}}}{{% endfor %}}",
+        f"{{% set said %}}{MARKED}{{% endset %}}{{{{ said }}}}",
+        f"{{% filter trim %}}{MARKED}{{% endfilter %}}",
+        "{% set said %}{% generation %} {{ messages[1]['content'] }}{% endgeneration %}{% endset %}{{ said | trim }}",
+    ],
+)
+def test_marks_whose_place_transformers_gets_wrong_are_refused(template: str, llama: Path) -> None:
+    tokenizer = BaseModel.resolve(llama).tokenizer
+    tokenizer.chat_template = template
+    told = r"does not tell where the assistant's words begin and end \(row 1\)\. Let the template write .* outside of"
+    with pytest.raises(DataError, match=told):
+        encode([CHAT], tokenizer, CAUSAL_LM, [], 64)
+
+
+def test_marks_may_be_in_a_macro_that_writes_nothing_before_them(llama: Path) -> None:
+    tokenizer = BaseModel.resolve(llama).tokenizer
+    said = MARKED[MARKED.index("{% generation") : MARKED.index("{% else")]
+    found = []
+    for template in (MARKED, "{% macro said(m) %}" + said + "{% endmacro %}" + MARKED.replace(said, "{{ said(m) }}")):
+        tokenizer.chat_template = template
+        found += encode([CHAT], tokenizer, CAUSAL_LM, [], 64)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("left", "right"), [("", ""), ("-", "-"), ("", "-"), ("-", "")])
+def test_marks_take_the_white_space_that_jinja_has_them_take(left: str, right: str, llama: Path) -> None:
+    tokenizer = BaseModel.resolve(llama).tokenizer
+    tokenizer.chat_template = re.sub(r"{% ((end)?generation) %}", rf"\n  {{%{left} \1 {right}%}}\n  ", MARKED)
+    (encoded,) = encode([CHAT], tokenizer, CAUSAL_LM, [], 64)
+    text = tokenizer.apply_chat_template(CHAT["messages"], tokenize=False)
+    assert encoded["input_ids"] == tokenizer(text, add_special_tokens=False).input_ids
+
+
 @pytest.mark.parametrize("line_break", ["", "\n"])
 def test_without_marks_a_turn_is_from_where_it_is_asked_for_to_the_end_of_the_chat_up_to_it(
     line_break: str, llama: Path

@@ -112,7 +112,11 @@ class OnnxDecoder:
         return ends_of(self.folder, tokenizer_in(self.folder))
 
     def use(self, adapter: str | Path | None) -> None:
-        """Answer with this adapter from now on. A file is checked when it is first used, and again when it changed."""
+        """Answer with this adapter from now on. A file is checked when it is first used, and again when it changed.
+
+        Raises:
+            ArtifactError: the folder has no such adapter; or the file is missing, damaged or of another graph.
+        """
         run_options = self._ort.RunOptions()  # a new one: of two active adapters the first would win
         if adapter is None:
             self._chosen = _Chosen(run_options)

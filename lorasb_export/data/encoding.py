@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..choices import SEQ_CLS
-from ..errors import BaseModelError, DataError
+from ..errors import BaseModelError, DataError, some
 from .chat import chat_of
 from .chat_template import OPENED_THOUGHTS, chat_ids, chat_tokens
 from .rows import CHAT, TEXT, Prompt, Row, kind_of, question_and_answer
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 IGNORE = -100
-_NAMED_ROWS = 10  # in a warning
 _LONG, _BARE = "their prompt alone has {} tokens or more", "no token of theirs is to be learnt"
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # as SentencePiece writes it in tokens
 _END_OF_QUESTION = 16  # tokens: a tag may be one, or a few
@@ -196,8 +195,7 @@ def _target(row: Row, labels: Sequence[Any], where: str) -> int | float:
     if not labels:
         return float(row["label"])
     if row["label"] not in labels:
-        known = ", ".join(map(repr, labels[:10])) + ", …" * (len(labels) > 10)
-        what = f"label {row['label']!r} is not among the training labels {known}"
+        what = f"label {row['label']!r} is not among the training labels {some(list(map(repr, labels)))}"
         raise DataError(what, where=where, fix="Train on rows with it, or remove the row")
     return labels.index(row["label"])
 
@@ -258,5 +256,4 @@ def _continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _named(numbers: Sequence[int]) -> str:
-    more = ", …" if len(numbers) > _NAMED_ROWS else ""
-    return f"row{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:_NAMED_ROWS]))}{more}"
+    return f"row{'s' if len(numbers) > 1 else ''} {some(numbers)}"

@@ -21,14 +21,13 @@ from lorasb_export.base.given import require_positions
 from lorasb_export.base.model import BaseModel
 from lorasb_export.base.structure import positions, trained_positions
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
-from lorasb_export.data.encoding import encode
 from lorasb_export.data.task import TaskData, task_of
 from lorasb_export.errors import ArtifactError, BaseModelError, DataError, SettingsError
 from lorasb_export.evaluation.inference import answers
 from lorasb_export.files.storage import read_json, write_json
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training.inspect import inspect_data
-from tests.rows import GOOD
+from tests.rows import GOOD, encode
 from tests.tiny import TEMPLATE, make_bert, make_gpt2, make_llama, write_index
 from tests.training import SETTINGS
 

@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerFast
 from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
 from lorasb_export.data.batches import collate, row_losses
-from lorasb_export.data.encoding import IGNORE, Encoded, encode, prompt_ids
+from lorasb_export.data.encoding import IGNORE, Encoded, prompt_ids
 from lorasb_export.data.rows import CHAT, COMPLETION, TEXT
 from lorasb_export.errors import DataError
-from tests.rows import MARKED
+from tests.rows import MARKED, encode
 from tests.tiny import TEMPLATE, VOCABULARY, save_tokenizer
 
 

@@ -15,11 +15,11 @@ from tokenizers.normalizers import NFC, NFKC, Normalizer, Sequence
 from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import CAUSAL_LM
 from lorasb_export.data.chat_template import fixed_date
-from lorasb_export.data.encoding import IGNORE, encode, prompt_ids
+from lorasb_export.data.encoding import IGNORE, prompt_ids
 from lorasb_export.data.rows import question_and_answer
 from lorasb_export.data.task import task_of
 from lorasb_export.errors import DataError
-from tests.rows import CHAT, CHAT_LINE, MARKED
+from tests.rows import CHAT, CHAT_LINE, MARKED, encode
 from tests.tiny import TEMPLATE
 
 

@@ -17,7 +17,6 @@ from lorasb_export import Adapter, fit
 from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import CAUSAL_LM
 from lorasb_export.data.batches import collate, row_losses
-from lorasb_export.data.encoding import encode
 from lorasb_export.data.task import load_task
 from lorasb_export.errors import BaseModelError, DataError, SettingsError
 from lorasb_export.evaluation import inference, scores
@@ -28,7 +27,7 @@ from lorasb_export.exporting.onnx_verify import HeldOut
 from lorasb_export.layers.layer import LoRASBLinear
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.random_adapter import adapter_on, save_adapter
-from tests.rows import CHAT, CHAT_LINE, GOOD, THINKING, task_of
+from tests.rows import CHAT, CHAT_LINE, GOOD, THINKING, encode, task_of
 from tests.tiny import make_gpt2
 
 
@@ -137,10 +136,12 @@ def test_evaluate_and_fit_compare_with_what_was_trained(
 def test_messages_that_end_with_the_user(generates: Adapter, chatty: Path, tmp_path: Path) -> None:
     turns = [*json.loads(CHAT_LINE)["messages"], {"role": "user", "content": "thanks"}]
     task = task_of(CHAT_LINE + json.dumps({"messages": turns}) + "\n", tmp_path / "data")
-    with pytest.raises(DataError, match=r"do not end with the assistant's answer \(train row 2\). Use the metric loss"):
+    with pytest.raises(
+        DataError, match=r"do not end with the assistant's answer \(t: train row 2\). Use the metric loss"
+    ):
         evaluate(generates, task, split="train")
     assert evaluate(generates, task, split="train", metric="loss")["rows"] == 2
-    asked = HeldOut(replace(task, splits={"test": task.rows("train")}), BaseModel.resolve(chatty).tokenizer, set())
+    asked = HeldOut(replace(task, splits={"test": task.rows("train")}), BaseModel.resolve(chatty), set())
     asked.ask(Mock(eos_ids=set(), context=64, generate=lambda prompts, _: [[5]] * len(prompts)))
     assert asked.compare(BaseModel.resolve(chatty).load())["rows_left_out"] == 1
 

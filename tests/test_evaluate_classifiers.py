@@ -11,13 +11,12 @@ import torch
 from lorasb_export import merge
 from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import SEQ_CLS
-from lorasb_export.data.encoding import encode
 from lorasb_export.data.task import load_task
 from lorasb_export.errors import DataError, SettingsError
 from lorasb_export.evaluation.evaluate import evaluate, with_labels_of
 from lorasb_export.evaluation.scores import row_scores
 from tests.random_adapter import LLAMA_MODULES, adapter_on, save_adapter
-from tests.rows import CLASS, task_of
+from tests.rows import CLASS, encode, task_of
 from tests.tiny import make_gpt2, make_llama, save_tokenizer
 
 

@@ -22,13 +22,13 @@ from lorasb_export.calibration.gradients import gradient_sums
 from lorasb_export.calibration.random_basis import random_factors
 from lorasb_export.calibration.subspace import reduced, truncated_svd
 from lorasb_export.data.batches import collate, row_losses
-from lorasb_export.data.encoding import encode
 from lorasb_export.data.task import TaskData, load_task
 from lorasb_export.layers.factors import ModuleBasis
 from lorasb_export.layers.inject import remove
 from lorasb_export.layers.layer import LoRASBLinear, Route, _LoRASBFunction
 from lorasb_export.layers.targets import find_targets
 from lorasb_export.settings import CalibrationSettings, FitSettings
+from tests.rows import encode
 from tests.tiny import update_of
 
 OUT, IN, RANK = 48, 40, 6

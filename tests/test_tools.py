@@ -11,13 +11,13 @@ import pytest
 
 from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import CAUSAL_LM
-from lorasb_export.data.encoding import IGNORE, encode, prompt_ids
+from lorasb_export.data.encoding import IGNORE, prompt_ids
 from lorasb_export.data.rows import prompt_of, with_system
 from lorasb_export.errors import DataError
 from lorasb_export.evaluation.inference import question_of
 from tests.conftest import lorasb
 from tests.random_adapter import adapter_on
-from tests.rows import MARKED, TOOLED, in_json, task_of, tool_row
+from tests.rows import MARKED, TOOLED, encode, in_json, task_of, tool_row
 from tests.tiny import TEMPLATE, make_llama
 
 ROW = tool_row("weather", city="Oslo")

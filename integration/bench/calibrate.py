@@ -67,7 +67,7 @@ def _ready(rows: int, batch_size: int) -> tuple[PreTrainedModel, dict[str, torch
     made = [make(rng) for make in TASKS.values() for _ in range(rows // len(TASKS))]
     base, settings = BaseModel.resolve(small_model()), CalibrationSettings(samples=rows)
     network, tokenizer = base.load(dtype="float32"), base.tokenizer
-    drawn = draw(TaskData("both", "generated", CAUSAL_LM, {"train": made}, ""), tokenizer, [], settings)
+    drawn = draw(TaskData("both", "generated", CAUSAL_LM, {"train": made}, ""), base, [], settings)
     starts = range(0, len(drawn), batch_size)
     batches = [collate(drawn[i : i + batch_size], tokenizer.pad_token_id) for i in starts]
     return network, find_targets(network, settings.targets), batches

@@ -189,7 +189,7 @@ def _rows_by_task(
     rows, tasks, unlearnable = {}, [], Problems()
     for task in load_tasks(data):
         try:
-            rows[task.name] = draw(task, base.tokenizer, labels, settings, least=least, embeddings=base.embeddings)
+            rows[task.name] = draw(task, base, labels, settings, least=least)
         except DataError as error:
             if not pass_over:
                 raise

@@ -7,7 +7,6 @@ every token of a plain text.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,9 @@ from .rows import CHAT, TEXT, Prompt, Row, kind_of, question_and_answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from ..base.model import BaseModel
+    from .task import TaskData
 
 logger = logging.getLogger(__name__)
 IGNORE = -100
@@ -80,7 +82,7 @@ def encode(
     max_length: int,
     unit: str = "row",
     *,
-    embeddings: float = math.inf,
+    embeddings: float,
 ) -> list[Encoded]:
     """Rows as `input_ids` (t,), `labels`, and `row`, the row's number: in `rows` from 1, or its key there.
 
@@ -104,6 +106,14 @@ def encode(
     return without_left_out(encoded, max_length, unit)
 
 
+def encode_split(
+    base: BaseModel, task: TaskData, split: str, labels: Sequence[Any], max_length: int, *, limit: int | None = None
+) -> list[Encoded]:
+    """A task's rows of a split, or the first `limit` of them, as `encode` has them for the base."""
+    rows, unit = task.rows(split)[:limit], task.unit(split)
+    return encode(rows, base.tokenizer, task.task_type, labels, max_length, unit, embeddings=base.embeddings)
+
+
 def encode_all(
     rows: Iterable[Row] | Mapping[int, Row],
     tokenizer: PreTrainedTokenizerBase,
@@ -112,7 +122,7 @@ def encode_all(
     max_length: int,
     unit: str = "row",
     *,
-    embeddings: float = math.inf,
+    embeddings: float,
 ) -> list[Encoded]:
     """As `encode`, without a warning and with the rows that it leaves out: `left_out` says why, or is None."""
     encoded: list[Encoded] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
@@ -247,6 +248,12 @@ def context_of(folder: Path) -> int:
     """How many tokens a prompt and its answer may have in an exported decoder. Raises ArtifactError: no config.json."""
     context: int = read_json(folder / "config.json").get("max_position_embeddings", sys.maxsize)
     return context
+
+
+def limits_in(folder: Path) -> dict[str, float]:
+    """What `checked_prompt_ids` asks of an exported decoder. Raises ArtifactError: no config.json."""
+    context, vocabulary = context_of(folder), read_json(folder / "config.json").get("vocab_size", math.inf)
+    return {"reach": context, "made_for": context, "embeddings": vocabulary}
 
 
 def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase:

@@ -65,8 +65,7 @@ def inspect_data(data: AnySource | TaskData, base: AnyBase, settings: FitSetting
     for split in filter(task.splits.get, task.splits):
         with problems:
             rows, length, unit = task.rows(split), settings.max_length, task.unit(split)
-            of_task = task.task_type, task.labels, length, unit
-            encoded = encode_all(rows, tokenizer, *of_task, embeddings=base.embeddings)
+            encoded = encode_all(rows, tokenizer, task.task_type, task.labels, length, unit, embeddings=base.embeddings)
             if split == "test":  # which `fit` does not encode
                 kept[split] = [row for row in encoded if row["left_out"] is None]
             else:

@@ -191,10 +191,10 @@ def small(tmp_path: Path) -> Path:
 
 def sums_of(folder: Path, rows: int) -> dict[str, torch.Tensor]:
     base = BaseModel.resolve(folder / "llama")
-    network, tokenizer = base.load(dtype="float64"), base.tokenizer
+    network, pad_id = base.load(dtype="float64"), base.tokenizer.pad_token_id
     settings = CalibrationSettings(samples=rows, loss="token", batch_size=3)
-    drawn = draw(load_task("a", folder / "data"), tokenizer, [], settings)
-    return gradients_of_rows(network, find_targets(network, "all-linear"), drawn, tokenizer.pad_token_id, settings)
+    drawn = draw(load_task("a", folder / "data"), base, [], settings)
+    return gradients_of_rows(network, find_targets(network, "all-linear"), drawn, pad_id, settings)
 
 
 def decomposed(sums: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -376,7 +376,8 @@ def test_captures_are_those_of_the_bases_that_are_trained_in() -> None:
     task = load_task("cola", DATA / "cola")
     base = base_of(task.task_type)
     network = base.load(task.task_type, dtype="float32", num_labels=task.num_labels, seed=0)
-    rows = encode(some(task.rows("valid"), 64), base.tokenizer, task.task_type, task.labels, 192)
+    of_task = task.task_type, task.labels, 192
+    rows = encode(some(task.rows("valid"), 64), base.tokenizer, *of_task, embeddings=base.embeddings)
     g = gradient(base, task, rows, CalibrationSettings(), task.num_labels)
     for of in cells:
         ratios = CaptureRatios()

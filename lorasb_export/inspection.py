@@ -43,6 +43,7 @@ def inspect_folder(
     Raises:
         ArtifactError: it is none of them, or damaged; or with `verify` not as it was published.
         SettingsError: `data` for something that is not a basis.
+        DataError, BaseModelError: `data` or the base is bad, or that is another base than the basis was made for.
     """
     folder, where = resolve_folder(source, MARK_FILES)
     kind = artifact_kind(folder)

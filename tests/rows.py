@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lorasb_export.data import encoding
 from lorasb_export.data.source import TaskSource
 from lorasb_export.data.task import TaskData, load_task
 
@@ -27,6 +30,7 @@ TOOLED = (  # with tools, and calls of them as the assistant's words
         "{{ c['function']['arguments'] | tojson }}{% endfor %}</s>{% endg",
     )
 )
+encode = partial(encoding.encode, embeddings=math.inf)  # for a base that has one of every token
 THINKING = MARKED.replace("{% generation %}", "{% generation %}[] ")  # as Qwen3's, whose thoughts are plain tokens
 
 

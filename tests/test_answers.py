@@ -109,9 +109,9 @@ def test_an_answer_is_right_that_says_what_was_trained(
 
 def test_an_answer_may_be_as_long_as_the_template_makes_it(chatty: Path) -> None:
     tokenizer = BaseModel.resolve(chatty).tokenizer
-    assert question_of(tokenizer, CHAT, "row 1").max_tokens < 20
+    assert question_of(tokenizer, CHAT, "row 1", ()).max_tokens < 20
     tokenizer.chat_template = THINKING.replace("[]", "[" + "1" * 40 + "]")
-    assert question_of(tokenizer, CHAT, "row 1").max_tokens >= 44  # with the brackets, the answer and its end
+    assert question_of(tokenizer, CHAT, "row 1", ()).max_tokens >= 44  # with the brackets, the answer and its end
 
 
 def test_prompts_that_cannot_be_answered_are_named(chatty: Path, tmp_path: Path) -> None:

@@ -21,14 +21,13 @@ from lorasb_export.base.given import require_positions
 from lorasb_export.base.model import BaseModel
 from lorasb_export.base.structure import positions, trained_positions
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
-from lorasb_export.data.encoding import encode
 from lorasb_export.data.task import TaskData, task_of
 from lorasb_export.errors import ArtifactError, BaseModelError, DataError, SettingsError
 from lorasb_export.evaluation.inference import answers
 from lorasb_export.files.storage import read_json, write_json
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training.inspect import inspect_data
-from tests.rows import GOOD
+from tests.rows import GOOD, encode
 from tests.tiny import TEMPLATE, make_bert, make_gpt2, make_llama, write_index
 from tests.training import SETTINGS
 
@@ -168,7 +167,7 @@ def test_more_tokens_than_the_base_is_made_for_are_told_of(
         require_positions(network, 2048)
         require_positions(network, 2049)
     learned = BaseModel.resolve(make_gpt2(tmp_path / "gpt2"))  # what is beyond is refused
-    require_positions(learned.load_empty(CAUSAL_LM), 1024)
+    require_positions(learned.load_empty(CAUSAL_LM, dtype="float32"), 1024)
     network.config.max_position_embeddings = 16
     answers(network, tokenizer, ["1", "1" * 20], max_tokens=2, unit="one")
     first, second = (record.getMessage() for record in caplog.records if record.name.startswith("lorasb"))

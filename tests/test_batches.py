@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerFast
 from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
 from lorasb_export.data.batches import collate, row_losses
-from lorasb_export.data.encoding import IGNORE, Encoded, encode, prompt_ids
+from lorasb_export.data.encoding import IGNORE, Encoded, prompt_ids
 from lorasb_export.data.rows import CHAT, COMPLETION, TEXT
 from lorasb_export.errors import DataError
-from tests.rows import MARKED
+from tests.rows import MARKED, encode
 from tests.tiny import TEMPLATE, VOCABULARY, save_tokenizer
 
 
@@ -157,8 +157,8 @@ def test_one_warning_counts_and_names_the_rows_left_out_and_cut(
         assert [len(row["input_ids"]) for row in encode(texts, tokenizer, SEQ_CLS, [1], 20)] == [20, 20]
     assert caplog.messages == [
         "1 of 3 rows cut at 20 tokens (row 2)",
-        "11 of 13 rows left out: their prompt alone has 20 tokens or more (rows 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, …); "
-        "1 of 13 rows cut at 20 tokens (row 13)",
+        "11 of 13 rows left out: their prompt alone has 20 tokens or more "
+        "(rows 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 1 more); 1 of 13 rows cut at 20 tokens (row 13)",
         "1 of 2 rows cut at 20 tokens (row 2)",
     ]
     assert all(record.name == "lorasb_export.data.encoding" for record in caplog.records)

@@ -56,9 +56,8 @@ def test_oracle_25_a_raw_basis_captures_the_share_of_its_singular_values(llama: 
     base, task = BaseModel.resolve(llama), load_task("sums", sums)
     network, settings = base.load(), CalibrationSettings(rank=4, reduction="raw")
     basis = calibrate(base, {"sums": task}, settings, network=network)
-    tokenizer = base.tokenizer
-    rows = draw(task, tokenizer, [], settings)
-    gradients = gradients_of_rows(network, find_targets(network, "all-linear"), rows, tokenizer.pad_token_id, settings)
+    rows, pad_id = draw(task, base, [], settings), base.tokenizer.pad_token_id
+    gradients = gradients_of_rows(network, find_targets(network, "all-linear"), rows, pad_id, settings)
     of_all = capture(base, network, basis, task)
     found, squares = of_all["modules"], {name: torch.linalg.svdvals(g).square() for name, g in gradients.items()}
     kept, whole = (sum(float(S[:end].sum()) for S in squares.values()) for end in (4, None))

@@ -15,11 +15,11 @@ from tokenizers.normalizers import NFC, NFKC, Normalizer, Sequence
 from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import CAUSAL_LM
 from lorasb_export.data.chat_template import fixed_date
-from lorasb_export.data.encoding import IGNORE, encode, prompt_ids
+from lorasb_export.data.encoding import IGNORE, prompt_ids
 from lorasb_export.data.rows import question_and_answer
 from lorasb_export.data.task import task_of
 from lorasb_export.errors import DataError
-from tests.rows import CHAT, CHAT_LINE, MARKED
+from tests.rows import CHAT, CHAT_LINE, MARKED, encode
 from tests.tiny import TEMPLATE
 
 
@@ -96,6 +96,45 @@ def test_chat_templates_that_do_not_do(llama: Path) -> None:
         encode(rows, tokenizer, CAUSAL_LM, [], 64)
     tokenizer.chat_template = {"default": MARKED, "rag": "{{ raise_exception('not this one') }}"}
     assert encode(rows, tokenizer, CAUSAL_LM, [], 64)
+
+
+_TURN = MARKED.partition("%}")[2].partition("{% endfor")[0]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        f"{{% macro turn(m) %}}{_TURN}{{% endmacro %}}{{% for m in messages %}}{{{{ turn(m) }}}}{{% endfor %}}",
+        f"{{% set said %}}{MARKED}{{% endset %}}{{{{ said }}}}",
+        f"{{% filter trim %}}{MARKED}{{% endfilter %}}",
+        "{% set said %}{% generation %} {{ messages[1]['content'] }}{% endgeneration %}{% endset %}{{ said | trim }}",
+    ],
+)
+def test_marks_whose_place_transformers_gets_wrong_are_refused(template: str, llama: Path) -> None:
+    tokenizer = BaseModel.resolve(llama).tokenizer
+    tokenizer.chat_template = template
+    told = r"does not tell where the assistant's words begin and end \(row 1\)\. Let the template write .* outside of"
+    with pytest.raises(DataError, match=told):
+        encode([CHAT], tokenizer, CAUSAL_LM, [], 64)
+
+
+def test_marks_may_be_in_a_macro_that_writes_nothing_before_them(llama: Path) -> None:
+    tokenizer = BaseModel.resolve(llama).tokenizer
+    said = MARKED[MARKED.index("{% generation") : MARKED.index("{% else")]
+    found = []
+    for template in (MARKED, "{% macro said(m) %}" + said + "{% endmacro %}" + MARKED.replace(said, "{{ said(m) }}")):
+        tokenizer.chat_template = template
+        found += encode([CHAT], tokenizer, CAUSAL_LM, [], 64)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("left", "right"), [("", ""), ("-", "-"), ("", "-"), ("-", "")])
+def test_marks_take_the_white_space_that_jinja_has_them_take(left: str, right: str, llama: Path) -> None:
+    tokenizer = BaseModel.resolve(llama).tokenizer
+    tokenizer.chat_template = re.sub(r"{% ((end)?generation) %}", rf"\n  {{%{left} \1 {right}%}}\n  ", MARKED)
+    (encoded,) = encode([CHAT], tokenizer, CAUSAL_LM, [], 64)
+    text = tokenizer.apply_chat_template(CHAT["messages"], tokenize=False)
+    assert encoded["input_ids"] == tokenizer(text, add_special_tokens=False).input_ids
 
 
 @pytest.mark.parametrize("line_break", ["", "\n"])

@@ -14,13 +14,12 @@ from tokenizers import decoders
 from lorasb_export import fit
 from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import CAUSAL_LM
-from lorasb_export.data.encoding import encode
 from lorasb_export.data.task import task_of
 from lorasb_export.errors import DataError
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from lorasb_export.training.inspect import inspect_data
 from lorasb_export.training.row_warnings import warn_of_chats, warn_of_thoughts
-from tests.rows import CHAT_LINE, MARKED
+from tests.rows import CHAT_LINE, MARKED, encode
 from tests.tiny import TEMPLATE
 
 RANDOM = CalibrationSettings(rank=4, directions="random")

@@ -17,7 +17,6 @@ from lorasb_export import Adapter, fit
 from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import CAUSAL_LM
 from lorasb_export.data.batches import collate, row_losses
-from lorasb_export.data.encoding import encode
 from lorasb_export.data.task import load_task
 from lorasb_export.errors import BaseModelError, DataError, SettingsError
 from lorasb_export.evaluation import inference, scores
@@ -28,7 +27,7 @@ from lorasb_export.exporting.onnx_verify import HeldOut
 from lorasb_export.layers.layer import LoRASBLinear
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.random_adapter import adapter_on, save_adapter
-from tests.rows import CHAT, CHAT_LINE, GOOD, THINKING, task_of
+from tests.rows import CHAT, CHAT_LINE, GOOD, THINKING, encode, task_of
 from tests.tiny import make_gpt2
 
 
@@ -97,7 +96,7 @@ def test_a_loss_is_taken_of_one_row_at_a_time(llama: Path, sums: Path, monkeypat
         losses, counts = row_losses(network(**batch).logits, batch["labels"])
     watched = Mock(side_effect=row_losses)
     monkeypatch.setattr(scores, "row_losses", watched)
-    found = row_scores(network, rows, tokenizer.pad_token_id)
+    found = row_scores(network, rows, tokenizer.pad_token_id, batch_size=16)
     assert {len(logits) for (logits, _), _ in watched.call_args_list} == {1}
     assert [count for _, count, _ in found] == counts.tolist()
     assert [loss for loss, _, _ in found] == pytest.approx(losses.tolist())
@@ -111,10 +110,10 @@ def test_scores_are_taken_without_a_cache_and_are_those_with_one(
     rows = encode(load_task("sums", sums).rows("valid"), tokenizer, CAUSAL_LM, [], 64)
     cached: list[bool] = []
     network.register_forward_hook(lambda *arguments: cached.append(arguments[-1].past_key_values is not None))
-    found = row_scores(network, rows, tokenizer.pad_token_id)
+    found = row_scores(network, rows, tokenizer.pad_token_id, batch_size=16)
     assert network.config.use_cache is True
     monkeypatch.setattr(scores, "without_cache", nullcontext)
-    assert row_scores(network, rows, tokenizer.pad_token_id) == found
+    assert row_scores(network, rows, tokenizer.pad_token_id, batch_size=16) == found
     assert cached == [False, True]
 
 
@@ -137,10 +136,12 @@ def test_evaluate_and_fit_compare_with_what_was_trained(
 def test_messages_that_end_with_the_user(generates: Adapter, chatty: Path, tmp_path: Path) -> None:
     turns = [*json.loads(CHAT_LINE)["messages"], {"role": "user", "content": "thanks"}]
     task = task_of(CHAT_LINE + json.dumps({"messages": turns}) + "\n", tmp_path / "data")
-    with pytest.raises(DataError, match=r"do not end with the assistant's answer \(train row 2\). Use the metric loss"):
+    with pytest.raises(
+        DataError, match=r"do not end with the assistant's answer \(t: train row 2\). Use the metric loss"
+    ):
         evaluate(generates, task, split="train")
     assert evaluate(generates, task, split="train", metric="loss")["rows"] == 2
-    asked = HeldOut(replace(task, splits={"test": task.rows("train")}), BaseModel.resolve(chatty).tokenizer, set())
+    asked = HeldOut(replace(task, splits={"test": task.rows("train")}), BaseModel.resolve(chatty), set())
     asked.ask(Mock(eos_ids=set(), context=64, generate=lambda prompts, _: [[5]] * len(prompts)))
     assert asked.compare(BaseModel.resolve(chatty).load())["rows_left_out"] == 1
 

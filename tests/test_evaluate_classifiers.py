@@ -11,13 +11,12 @@ import torch
 from lorasb_export import merge
 from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import SEQ_CLS
-from lorasb_export.data.encoding import encode
 from lorasb_export.data.task import load_task
 from lorasb_export.errors import DataError, SettingsError
 from lorasb_export.evaluation.evaluate import evaluate, with_labels_of
 from lorasb_export.evaluation.scores import row_scores
 from tests.random_adapter import LLAMA_MODULES, adapter_on, save_adapter
-from tests.rows import CLASS, task_of
+from tests.rows import CLASS, encode, task_of
 from tests.tiny import make_gpt2, make_llama, save_tokenizer
 
 
@@ -58,7 +57,8 @@ def test_a_decoder_classifies_by_the_tokenizers_padding_whatever_its_config_says
     network, tokenizer = model.load(SEQ_CLS, num_labels=2), model.tokenizer
     rows = [{"text": text, "label": "no"} for text in ("hello", "a longer text")]
     encoded = encode(rows, tokenizer, SEQ_CLS, ["no", "yes"], 64)
-    together, alone = (row_scores(network, part, tokenizer.pad_token_id)[0][0] for part in (encoded, encoded[:1]))
+    scored = (row_scores(network, part, tokenizer.pad_token_id, batch_size=2) for part in (encoded, encoded[:1]))
+    together, alone = (scores[0][0] for scores in scored)
     assert together == pytest.approx(alone, abs=1e-5)
     adapter = save_adapter(base, network, tmp_path / "a", LLAMA_MODULES, task_type=SEQ_CLS)
     adapter.training = {"labels": ["no", "yes"]}
@@ -71,7 +71,8 @@ def test_a_pair_is_read_as_everybody_calls_the_tokenizer(bert: Path, tmp_path: P
     adapter.inject(network)
     pairs = [("one", "two, longer"), ("three", "x"), ("a", "b")]
     rows = [{"text": a, "text_pair": b, "label": i + 0.5} for i, (a, b) in enumerate(pairs)]
-    found = [x for *_, x in row_scores(network, encode(rows, tokenizer, SEQ_CLS, [], 64), tokenizer.pad_token_id)]
+    encoded = encode(rows, tokenizer, SEQ_CLS, [], 64)
+    found = [x for *_, x in row_scores(network, encoded, tokenizer.pad_token_id, batch_size=3)]
     asked = [tokenizer(*pair, return_tensors="pt") for pair in pairs]
     with torch.inference_mode():
         assert found == pytest.approx([float(network(**batch).logits) for batch in asked], abs=1e-5)

@@ -134,7 +134,7 @@ def test_an_answer_has_a_token() -> None:
 def test_a_classifier_answers_nothing(tmp_path: Path) -> None:
     write_record(tmp_path, {"kind": "onnx", "task_type": "SEQ_CLS"})
     with pytest.raises(ArtifactError, match="the graph is a classifier"):
-        ask_onnx(tmp_path, ["hi"])
+        ask_onnx(tmp_path, ["hi"], max_tokens=8)
 
 
 @pytest.mark.parametrize("is_there", [True, False])
@@ -150,7 +150,7 @@ def test_a_damaged_tokenizer_of_an_onnx_folder(is_there: bool, llama: Path, tmp_
 def test_a_merged_graph_has_no_adapters_to_name(tmp_path: Path) -> None:
     write_record(tmp_path, {"kind": "onnx", "task_type": "CAUSAL_LM"})
     with pytest.raises(SettingsError, match="the folder has one adapter, merged in"):
-        ask_onnx(tmp_path, ["hi"], ["a"])
+        ask_onnx(tmp_path, ["hi"], ["a"], max_tokens=8)
 
 
 @pytest.mark.parametrize("option", [("--model", "base"), ("--dtype", "float32")])

@@ -22,11 +22,12 @@ from lorasb_export.calibration.calibrate import calibrate
 from lorasb_export.calibration.gradients import draw, gradient_sums, gradients_of_rows
 from lorasb_export.choices import CAUSAL_LM
 from lorasb_export.data.batches import collate
-from lorasb_export.data.encoding import IGNORE, Encoded, encode
+from lorasb_export.data.encoding import IGNORE, Encoded
 from lorasb_export.data.task import load_task
 from lorasb_export.errors import BaseModelError, DataError
 from lorasb_export.layers.targets import find_targets
 from lorasb_export.settings import CalibrationSettings
+from tests.rows import encode
 from tests.tiny import make_gpt2
 
 PAD = 2
@@ -47,7 +48,7 @@ def network(base: BaseModel) -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def rows(base: BaseModel, products: Path) -> list[Encoded]:
     task = load_task("products", products)
-    return draw(task, base.tokenizer, [], CalibrationSettings(samples=ROWS))
+    return draw(task, base, [], CalibrationSettings(samples=ROWS))
 
 
 def sums_of(network: PreTrainedModel, rows: list[Encoded], **changed: Any) -> Sums:
@@ -78,10 +79,10 @@ def assert_equal(found: Sums, expected: Sums, tolerance: float = 1e-6) -> None:
         assert (found[name] - gradient).norm() <= tolerance * gradient.norm(), name
 
 
-def test_rows_that_are_drawn_keep_their_numbers(llama: Path, sums: Path) -> None:
-    task, tokenizer = load_task("sums", sums), BaseModel.resolve(llama).tokenizer
-    every = encode(task.rows("train"), tokenizer, CAUSAL_LM, [], 64)
-    drawn = draw(task, tokenizer, [], CalibrationSettings(samples=5))
+def test_rows_that_are_drawn_keep_their_numbers(base: BaseModel, sums: Path) -> None:
+    task = load_task("sums", sums)
+    every = encode(task.rows("train"), base.tokenizer, CAUSAL_LM, [], 64)
+    drawn = draw(task, base, [], CalibrationSettings(samples=5))
     assert len(drawn) == 5
     assert all(row == every[row["row"] - 1] for row in drawn)
 
@@ -91,29 +92,29 @@ def test_rows_that_are_drawn_keep_their_numbers(llama: Path, sums: Path) -> None
     [(64, 1, 1), (64, 65, 64), (64, 0.25, 16), (64, 0.001, 1), (16, None, 16), (64, None, 32), (40_000, None, 40)],
 )
 def test_a_count_or_a_share_of_the_rows_is_drawn(
-    rows: int, samples: float | None, count: int, llama: Path, sums: Path
+    rows: int, samples: float | None, count: int, base: BaseModel, sums: Path
 ) -> None:
-    task, tokenizer = load_task("sums", sums), BaseModel.resolve(llama).tokenizer
+    task = load_task("sums", sums)
     task = replace(task, splits={"train": [task.rows("train")[0]] * rows})
-    assert len(draw(task, tokenizer, [], CalibrationSettings(samples=samples))) == count
+    assert len(draw(task, base, [], CalibrationSettings(samples=samples))) == count
 
 
-def test_others_are_drawn_in_the_place_of_rows_with_nothing_to_learn(llama: Path, sums: Path) -> None:
+def test_others_are_drawn_in_the_place_of_rows_with_nothing_to_learn(base: BaseModel, sums: Path) -> None:
     """And where all have something, the rows are those of one sample, whose bases are pinned."""
-    task, tokenizer = load_task("sums", sums), BaseModel.resolve(llama).tokenizer
+    task = load_task("sums", sums)
     settings = CalibrationSettings(samples=5, max_length=32)
-    numbers = [row["row"] for row in draw(task, tokenizer, [], settings)]
+    numbers = [row["row"] for row in draw(task, base, [], settings)]
     assert numbers == random.Random(0).sample(range(1, 65), 5)
     too_long = {"prompt": "1" * 64, "completion": "2"}
     splits = {"train": [too_long if k in numbers[1:4] else row for k, row in enumerate(task.rows("train"), 1)]}
-    drawn = draw(replace(task, splits=splits), tokenizer, [], settings)
+    drawn = draw(replace(task, splits=splits), base, [], settings)
     assert [row["row"] for row in drawn][:2] == [numbers[0], numbers[4]]
     assert (len({row["row"] for row in drawn} - set(numbers)), len(drawn)) == (3, 5)
-    assert drawn == draw(replace(task, splits=splits), tokenizer, [], settings)
+    assert drawn == draw(replace(task, splits=splits), base, [], settings)
     splits = {"train": [too_long] * 9 + [task.rows("train")[0]]}
-    assert [row["row"] for row in draw(replace(task, splits=splits), tokenizer, [], settings)] == [10]
+    assert [row["row"] for row in draw(replace(task, splits=splits), base, [], settings)] == [10]
     with pytest.raises(DataError, match="there is no row to learn from"):
-        draw(replace(task, splits={"train": [too_long] * 9}), tokenizer, [], settings)
+        draw(replace(task, splits={"train": [too_long] * 9}), base, [], settings)
 
 
 # --- losses and weights ---------------------------------------------------------------------------------------------
@@ -156,7 +157,10 @@ def test_sums_are_blind_to_batches_order_and_padding(loss: str, network: PreTrai
     longer = collate([*rows, {"input_ids": [5] * 40, "labels": [IGNORE] * 39 + [5]}], PAD)
     padded = {key: value if key == "logits_to_keep" else value[:-1] for key, value in longer.items()}
     assert padded["input_ids"].shape == (ROWS, 40)
-    assert_equal(gradient_sums(network, find_targets(network, "all-linear"), [padded], loss=loss), one_by_one)
+    found = gradient_sums(
+        network, find_targets(network, "all-linear"), [padded], loss=loss, gradient_checkpointing=True
+    )
+    assert_equal(found, one_by_one)
 
 
 def test_a_weight_multiplies_the_losses_of_a_task(network: PreTrainedModel, rows: list[Encoded]) -> None:
@@ -176,7 +180,13 @@ def test_gradients_are_summed_in_fp32_exactly_one_after_another(
 ) -> None:
     """Of batches whose losses are scaled by different powers of two."""
     network, parts = base.load(dtype=dtype), [rows[:3], rows[3:8], rows[8:]]
-    found = gradient_sums(network, find_targets(network, "all-linear"), [collate(part, PAD) for part in parts])
+    found = gradient_sums(
+        network,
+        find_targets(network, "all-linear"),
+        [collate(part, PAD) for part in parts],
+        loss="sample",
+        gradient_checkpointing=True,
+    )
     first, second, third = (sums_of(network, part) for part in parts)
     for name, total in found.items():
         assert total.dtype == torch.float32
@@ -215,7 +225,7 @@ def test_passes_never_wait_for_a_device_that_holds_the_sums(
         raise EOFError("the passes are over")
 
     with pytest.raises(EOFError, match="the passes are over"):
-        gradient_sums(network, find_targets(network, "all-linear"), batches(), loss=loss)
+        gradient_sums(network, find_targets(network, "all-linear"), batches(), loss=loss, gradient_checkpointing=True)
 
 
 # --- gradient checkpointing -----------------------------------------------------------------------------------------
@@ -250,7 +260,7 @@ def test_checkpointing_leaves_the_network_as_it_was(network: PreTrainedModel, ro
     broken = {**good, "labels": good["labels"].repeat(2, 1)}  # fails after the forward pass
     for batch, outcome in ((good, nullcontext()), (broken, pytest.raises((ValueError, RuntimeError)))):
         with outcome:
-            gradient_sums(network, targets, [batch], gradient_checkpointing=True)
+            gradient_sums(network, targets, [batch], loss="sample", gradient_checkpointing=True)
         assert "forward" not in vars(layer)
         assert network.config.use_cache is True
         assert not network.training

@@ -13,7 +13,7 @@ from lorasb_export import fit
 from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import CAUSAL_LM
 from lorasb_export.data.batches import collate
-from lorasb_export.data.encoding import IGNORE, encode
+from lorasb_export.data.encoding import IGNORE
 from lorasb_export.data.hold_out import warn_of_twins
 from lorasb_export.data.task import load_task, task_of
 from lorasb_export.errors import BaseModelError, DataError, SettingsError
@@ -22,7 +22,7 @@ from lorasb_export.training import mixed
 from lorasb_export.training.inspect import inspect_data
 from tests import project_of_a
 from tests.conftest import lorasb
-from tests.rows import CHAT, CHAT_LINE, MARKED
+from tests.rows import CHAT, CHAT_LINE, MARKED, encode
 from tests.tiny import make_gpt2, save_tokenizer
 
 project = project_of_a.project

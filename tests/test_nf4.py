@@ -77,7 +77,7 @@ def test_gradients_are_those_of_the_weights_it_stands_for(
     base: BaseModel, checkpointing: bool, sums: Path, parity: Path
 ) -> None:
     task = load_task("t", task_of(base, sums, parity))
-    rows = draw(task, base.tokenizer, task.labels, BASIS)
+    rows = draw(task, base, task.labels, BASIS)
     settings = CalibrationSettings(gradient_checkpointing=checkpointing, batch_size=3)
     found, expected = (
         gradients_of_rows(n, find_targets(n, "all-linear"), rows, 2, settings) for n in (packed(base), twin(base))

@@ -13,17 +13,21 @@ import pytest
 import torch
 
 from lorasb_export.adapter import Adapter
+from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
-from lorasb_export.data.task import TaskData
-from lorasb_export.errors import ArtifactError, BaseModelError, SettingsError
+from lorasb_export.data.task import TaskData, task_of
+from lorasb_export.errors import ArtifactError, BaseModelError, DataError, SettingsError
 from lorasb_export.exporting import onnx, onnx_verify
 from lorasb_export.exporting.export import export
 from lorasb_export.exporting.onnx_adapters import add_onnx_adapters, export_onnx_adapters
+from lorasb_export.exporting.onnx_ask import ask_onnx
 from lorasb_export.exporting.onnx_build import _ask_as_we_do
 from lorasb_export.exporting.onnx_record import write_record
 from lorasb_export.exporting.onnx_run import _batches
+from lorasb_export.exporting.onnx_verify import held_out_rows
 from lorasb_export.files.storage import read_json, write_json
 from tests.random_adapter import adapter_on
+from tests.tiny import make_llama
 
 pytest.importorskip("onnxruntime_genai")
 pytest.importorskip("onnxscript")
@@ -88,6 +92,20 @@ def test_data_of_no_adapter_is_refused(llama: Path, exported: Path, tmp_path: Pa
         add_onnx_adapters([tmp_path / "a"], exported, data=data)
     with pytest.raises(SettingsError, match="data is of b, none of the adapters"):
         export([tmp_path / "a"], tmp_path / "new", format="onnx-adapters", data=data)
+
+
+def test_a_token_without_an_embedding_is_told_of_before_a_graph_is_asked(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base")
+    tokenizer = BaseModel.resolve(base).tokenizer
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(base)
+    told = r"'<new>', token 98, has no embedding: the base has 98 \({} 2\)"
+    rows = [{"prompt": prompt, "completion": "2"} for prompt in ("1+1=", "1<new>")]
+    with pytest.raises(DataError, match=told.format("sums: test row")):
+        held_out_rows({"sums": task_of("sums", {"train": rows, "test": rows})}, BaseModel.resolve(base))
+    write_record(base, {"kind": "onnx", "task_type": CAUSAL_LM})
+    with pytest.raises(DataError, match=told.format("prompt")):
+        ask_onnx(base, ["1+1=", "1<new>"], max_tokens=1)
 
 
 def test_a_readme_that_cannot_be_kept_is_told_of_before_the_work(llama: Path, exported: Path, tmp_path: Path) -> None:

@@ -22,13 +22,13 @@ from lorasb_export.calibration.gradients import gradient_sums
 from lorasb_export.calibration.random_basis import random_factors
 from lorasb_export.calibration.subspace import reduced, truncated_svd
 from lorasb_export.data.batches import collate, row_losses
-from lorasb_export.data.encoding import encode
 from lorasb_export.data.task import TaskData, load_task
 from lorasb_export.layers.factors import ModuleBasis
 from lorasb_export.layers.inject import remove
 from lorasb_export.layers.layer import LoRASBLinear, Route, _LoRASBFunction
 from lorasb_export.layers.targets import find_targets
 from lorasb_export.settings import CalibrationSettings, FitSettings
+from tests.rows import encode
 from tests.tiny import update_of
 
 OUT, IN, RANK = 48, 40, 6
@@ -199,7 +199,9 @@ def sums_of(base: BaseModel, task: TaskData, batch_size: int, *, reverse: bool =
     rows = rows[::-1] if reverse else rows
     batches = [collate(rows[i : i + batch_size], tokenizer.pad_token_id) for i in range(0, len(rows), batch_size)]
     network = base.load(dtype="float64")
-    return gradient_sums(network, find_targets(network, "all-linear"), batches)
+    return gradient_sums(
+        network, find_targets(network, "all-linear"), batches, loss="sample", gradient_checkpointing=True
+    )
 
 
 def test_oracle_19_sum_is_blind_to_order_batches_and_padding(llama: Path, task: TaskData) -> None:
@@ -233,7 +235,7 @@ def test_oracle_19_a_gradient_is_freed_as_soon_as_it_is_summed(llama: Path, task
     network.model.layers[0].register_full_backward_pre_hook(
         lambda module, grads: held.append(sum(p.grad is not None for p in network.parameters()))
     )
-    gradient_sums(network, find_targets(network, "all-linear"), [batch])
+    gradient_sums(network, find_targets(network, "all-linear"), [batch], loss="sample", gradient_checkpointing=True)
     assert held == [0]
 
 
@@ -242,7 +244,7 @@ def test_oracle_19_flags_and_mode_are_restored_also_after_an_error(llama: Path) 
     network.model.norm.weight.requires_grad_(True)
     before = [p.requires_grad for p in network.parameters()]
     with pytest.raises(KeyError):
-        gradient_sums(network, find_targets(network, "q_proj"), [{}])
+        gradient_sums(network, find_targets(network, "q_proj"), [{}], loss="sample", gradient_checkpointing=True)
     assert [p.requires_grad for p in network.parameters()] == before
     assert network.training
     assert all(p.grad is None for p in network.parameters())

@@ -228,7 +228,7 @@ def test_the_lines_of_the_docs_make_the_basis_that_calibrate_makes(
     (lines,) = lines_of_docs("A basis of your own loss")
     settings = CalibrationSettings(rank=4, targets="mlp-output")
     theirs = calibrate(str(llama), {"sums": sums}, settings)
-    rows = draw(load_task("sums", sums), BaseModel.resolve(llama).tokenizer, [], settings)
+    rows = draw(load_task("sums", sums), BaseModel.resolve(llama), [], settings)
     batches = [{key: torch.tensor([row[key]]) for key in ("input_ids", "labels")} for row in rows]
     exec(lines.replace("= 64,", "= 4,"), {"loader": batches, "loss_of": lambda model, batch: model(**batch).loss})
     ours = Basis.load("basis")

@@ -11,13 +11,13 @@ import pytest
 
 from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import CAUSAL_LM
-from lorasb_export.data.encoding import IGNORE, encode, prompt_ids
+from lorasb_export.data.encoding import IGNORE, prompt_ids
 from lorasb_export.data.rows import prompt_of, with_system
 from lorasb_export.errors import DataError
 from lorasb_export.evaluation.inference import question_of
 from tests.conftest import lorasb
 from tests.random_adapter import adapter_on
-from tests.rows import MARKED, TOOLED, in_json, task_of, tool_row
+from tests.rows import MARKED, TOOLED, encode, in_json, task_of, tool_row
 from tests.tiny import TEMPLATE, make_llama
 
 ROW = tool_row("weather", city="Oslo")
@@ -148,7 +148,7 @@ def test_a_template_that_wants_words_or_calls_of_every_turn(tokenizer: Any) -> N
 def test_a_call_that_is_learnt_after_something_else_than_the_question_has_no_expected_text(tokenizer: Any) -> None:
     tokenizer.chat_template = TOOLED.replace("prompt %}<s>", "prompt %}<s>[think]")
     with pytest.raises(DataError, match=r"writes the call of a tool after something else than the question \(row 1\)"):
-        question_of(tokenizer, {**ROW, "messages": ROW["messages"][:2]}, "row 1")
+        question_of(tokenizer, {**ROW, "messages": ROW["messages"][:2]}, "row 1", ())
 
 
 def test_the_commands_take_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,11 +34,12 @@ def run(*, quick: bool) -> dict[str, Any]:
     rows, rounds = (16, 2) if quick else (32, 10)
     network, targets, batches = _ready(rows, CalibrationSettings.batch_size)
     kept: dict[str, torch.Tensor] = {}
+    summed_over = partial(gradient_sums, network, targets, batches, loss="sample")
     times = alternate_calls(
         {
-            "gradient_sums": lambda: kept.update(gradient_sums(network, targets, batches)),
+            "gradient_sums": lambda: kept.update(summed_over(gradient_checkpointing=True)),
             "bare passes": lambda: _bare(network, targets, batches),
-            "gradient_sums, all kept": lambda: gradient_sums(network, targets, batches, gradient_checkpointing=False),
+            "gradient_sums, all kept": lambda: summed_over(gradient_checkpointing=False),
         },
         rounds,
     )
@@ -65,7 +67,7 @@ def _ready(rows: int, batch_size: int) -> tuple[PreTrainedModel, dict[str, torch
     made = [make(rng) for make in TASKS.values() for _ in range(rows // len(TASKS))]
     base, settings = BaseModel.resolve(small_model()), CalibrationSettings(samples=rows)
     network, tokenizer = base.load(dtype="float32"), base.tokenizer
-    drawn = draw(TaskData("both", "generated", CAUSAL_LM, {"train": made}, ""), tokenizer, [], settings)
+    drawn = draw(TaskData("both", "generated", CAUSAL_LM, {"train": made}, ""), base, [], settings)
     starts = range(0, len(drawn), batch_size)
     batches = [collate(drawn[i : i + batch_size], tokenizer.pad_token_id) for i in starts]
     return network, find_targets(network, settings.targets), batches
@@ -105,7 +107,7 @@ def _peak(what: str, rows: int) -> float:
     if what == "frozen":
         _frozen(network, batches)
     else:
-        gradient_sums(network, targets, batches, gradient_checkpointing=what == "sums")
+        gradient_sums(network, targets, batches, loss="sample", gradient_checkpointing=what == "sums")
     return round((memory("VmHWM") - before) / 1e6, 1)
 
 

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lorasb_export.adapter import Adapter
 from lorasb_export.base.model import BaseModel
 from lorasb_export.data.batches import collate, row_losses
-from lorasb_export.data.encoding import IGNORE, Encoded, encode
+from lorasb_export.data.encoding import IGNORE, Encoded, encode_split
 from lorasb_export.data.task import load_task
 from lorasb_export.quickstart.model import small_model
 from lorasb_export.quickstart.tasks import write_tasks
@@ -42,7 +42,7 @@ def on_rows(dtype: str, rounds: int) -> dict[str, list[float]]:
     tokenizer = base.tokenizer
     with tempfile.TemporaryDirectory() as scratch:
         task = load_task("dates", write_tasks(Path(scratch))["dates"])
-        rows = encode(list(task.rows("train"))[:8], tokenizer, task.task_type, None, 192)
+        rows = encode_split(base, task, "train", [], 192, limit=8)
     batch = collate(rows, tokenizer.pad_token_id)
     labels = batch.pop("labels")
     every = pad_sequence([torch.tensor(row["labels"]) for row in rows], batch_first=True, padding_value=IGNORE)

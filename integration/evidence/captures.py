@@ -79,7 +79,7 @@ def _sums(name: str, labels: tuple[str, ...], samples: int, targets: str, seed: 
     task = task_named(name)
     base = base_of(task.task_type)
     settings = _settings(Cell(name, "lora-sb", samples=samples, targets=targets, seed=seed))
-    rows = draw(task, base.tokenizer, labels, settings)
+    rows = draw(task, base, labels, settings)
     return gradient(base, task, rows, settings, len(labels) or None)
 
 
@@ -89,8 +89,8 @@ def _valid_sums(name: str, targets: str, seed: int) -> Sums:
     task = task_named(name)
     base = base_of(task.task_type)
     settings = _settings(Cell(name, "lora-sb", targets=targets, seed=seed))
-    rows = some(task.rows("valid"), VALID_ROWS)
-    encoded = encode(rows, base.tokenizer, task.task_type, task.labels, settings.max_length)
+    rows, of_task = some(task.rows("valid"), VALID_ROWS), (task.task_type, task.labels, settings.max_length)
+    encoded = encode(rows, base.tokenizer, *of_task, embeddings=base.embeddings)
     return gradient(base, task, encoded, settings, task.num_labels)
 
 

@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from lorasb_export.base.model import BaseModel
 from lorasb_export.choices import SEQ_CLS
 from lorasb_export.data.encoding import encode
 from lorasb_export.data.rows import Row
@@ -22,18 +23,21 @@ MAX_LENGTH = 512
 BATCH_SIZE = 64  # prompts, answered together
 
 
-def score(model: Any, tokenizer: PreTrainedTokenizerBase, task: TaskData, limit: int) -> tuple[str, float]:
+def score(model: Any, base: BaseModel, task: TaskData, limit: int) -> tuple[str, float]:
     """The metric's name and its value over `limit` test rows (for `e2e`, prompts with all their references)."""
+    tokenizer = base.tokenizer
     if task.task_type == SEQ_CLS:
-        rows = encode(some(task.rows("test"), limit), tokenizer, task.task_type, task.labels, MAX_LENGTH)
-        predicted = [prediction for _, _, prediction in row_scores(model, rows, tokenizer.pad_token_id)]
-        found = prediction_metrics(predicted, [row["labels"] for row in rows], regression=False)
+        of_task = task.task_type, task.labels, MAX_LENGTH
+        rows = encode(some(task.rows("test"), limit), tokenizer, *of_task, embeddings=base.embeddings)
+        scored = row_scores(model, rows, tokenizer.pad_token_id, batch_size=16)
+        predicted, labels = [prediction for _, _, prediction in scored], [row["labels"] for row in rows]
+        found = prediction_metrics(predicted, labels, regression=False)
         metric = "mcc" if task.name == "cola" else "accuracy"
         return metric, found[metric]
     if task.name == "e2e":
         return "bleu", _bleu(model, tokenizer, task.rows("test"), limit)
     rows = some(task.rows("test"), limit)
-    longest = max(question_of(tokenizer, row, "a row").max_tokens for row in rows)
+    longest = max(question_of(tokenizer, row, "a row", ()).max_tokens for row in rows)
     given = answers(model, tokenizer, [row["prompt"] for row in rows], max_tokens=longest, batch_size=BATCH_SIZE)
     return "exact_match", exact_match(given, [row["completion"] for row in rows])
 

@@ -26,7 +26,7 @@ from lorasb_export.calibration.gradients import draw, gradients_of_rows
 from lorasb_export.calibration.random_basis import random_factors
 from lorasb_export.choices import CAUSAL_LM
 from lorasb_export.data.batches import collate, row_losses
-from lorasb_export.data.encoding import Encoded, encode
+from lorasb_export.data.encoding import Encoded, encode, encode_split
 from lorasb_export.data.task import TaskData, load_task
 from lorasb_export.evaluation.scores import mean_loss, row_scores
 from lorasb_export.layers.factors import Factors, ModuleBasis
@@ -83,10 +83,11 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         _train(model, trained, rows, tokenizer.pad_token_id, cell)
     seconds = clock() - started
     model.eval()
-    valid = encode(some(task.rows("valid"), cell.valid_rows), tokenizer, task.task_type, task.labels, MAX_LENGTH)
-    metric, value = score(model, tokenizer, task, cell.test_rows)
+    of_task: tuple[Any, ...] = tokenizer, task.task_type, task.labels, MAX_LENGTH
+    valid = encode(some(task.rows("valid"), cell.valid_rows), *of_task, embeddings=base.embeddings)
+    metric, value = score(model, base, task, cell.test_rows)
     return {
-        "loss": mean_loss(row_scores(model, valid, tokenizer.pad_token_id)),
+        "loss": mean_loss(row_scores(model, valid, tokenizer.pad_token_id, batch_size=16)),
         "metric": metric,
         "value": value,
         "trainable": sum(p.numel() for p in trained),
@@ -105,7 +106,7 @@ def task_named(name: str) -> TaskData:
 def _train_rows(name: str) -> list[Encoded]:
     """Encoded once for all runs of a search."""
     task = task_named(name)
-    return encode(task.rows("train"), base_of(task.task_type).tokenizer, task.task_type, task.labels, MAX_LENGTH)
+    return encode_split(base_of(task.task_type), task, "train", task.labels, MAX_LENGTH)
 
 
 def _cpu_model() -> str:
@@ -208,7 +209,7 @@ def calibration_settings(cell: Cell) -> CalibrationSettings:
 def _balancing(base: BaseModel, data: Mapping[str, TaskData], settings: CalibrationSettings) -> dict[str, float]:
     weights = {}
     for name, task in data.items():
-        rows = draw(task, base.tokenizer, task.labels, settings)
+        rows = draw(task, base, task.labels, settings)
         weights[name] = balancing(gradient(base, task, rows, settings, task.num_labels))
     return weights
 

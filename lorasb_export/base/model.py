@@ -251,7 +251,7 @@ class BaseModel:
         compute_in_float32(network)
         return network
 
-    def load_empty(self, task_type: str, *, dtype: str = "float32", num_labels: int | None = None) -> PreTrainedModel:
+    def load_empty(self, task_type: str, *, dtype: str, num_labels: int | None = None) -> PreTrainedModel:
         """As `load`, but with parameters that take no memory; its buffers are as the network makes them.
 
         Raises:

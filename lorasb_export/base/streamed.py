@@ -14,7 +14,6 @@ from torch import nn
 
 from ..files.storage import TensorInfo
 from ..tensors import TORCH_DTYPES, read_tensor
-from .device import default_device
 from .model import BaseModel
 
 if TYPE_CHECKING:
@@ -28,12 +27,12 @@ def streamed_model(
     base: BaseModel,
     task_type: str,
     *,
-    device: torch.device | None = None,
+    device: torch.device,
     num_labels: int | None = None,
     head: Mapping[str, torch.Tensor] | None = None,
     read: Read = read_tensor,
 ) -> PreTrainedModel | None:
-    """The model of `base`, computing in fp32 on `device`, by default as `BaseModel.load`.
+    """The model of `base`, computing in fp32 on `device`.
 
     Args:
         num_labels, head: of a classifier whose head the checkpoint lacks.
@@ -43,11 +42,10 @@ def streamed_model(
         None where the checkpoint does not hold the model's parameters one by one under their names: fused experts,
         renamed modules.
     """
-    network = base.load_empty(task_type, num_labels=num_labels)
+    network = base.load_empty(task_type, dtype="float32", num_labels=num_labels)
     sources = _sources(network, base, head or {})
     if sources is None:
         return None
-    device = device or default_device()
     for module in network.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)

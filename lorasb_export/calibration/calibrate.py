@@ -117,7 +117,8 @@ def calibrate(
     labels = in_order(labels, base.head_labels)
     classes = outputs_of(task_type, labels)
     if network is None:
-        targets_of(base.load_empty(task_type, num_labels=classes), base, settings)  # before weights are read
+        empty = base.load_empty(task_type, dtype="float32", num_labels=classes)
+        targets_of(empty, base, settings)  # before weights are read
         network = base.load(task_type, dtype=settings.dtype, num_labels=classes, seed=settings.seed)
     require_outputs(network, classes)
     remove(network)  # the gradient is wanted at W0
@@ -188,7 +189,7 @@ def _rows_by_task(
     rows, tasks, unlearnable = {}, [], Problems()
     for task in load_tasks(data):
         try:
-            rows[task.name] = draw(task, base.tokenizer, labels, settings, least=least, embeddings=base.embeddings)
+            rows[task.name] = draw(task, base, labels, settings, least=least)
         except DataError as error:
             if not pass_over:
                 raise

@@ -51,7 +51,7 @@ def capture(
             gradient_checkpointing=settings.gradient_checkpointing or sparing.gradient_checkpointing,
         )
     labels = in_order(task.labels, base.head_labels)
-    rows = draw(task, base.tokenizer, labels, settings, embeddings=base.embeddings)
+    rows = draw(task, base, labels, settings)
     return capture_of_rows(network, basis.modules, rows, base.tokenizer.pad_token_id, settings)
 
 

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..bars import progress_bar
 from ..base.borrowed import evaluating, flags_kept, without_cache
+from ..base.model import BaseModel
 from ..base.nf4 import state_of
 from ..base.products import apply_linear, shape_of, weight_of
 from ..base.structure import is_checkpointing
@@ -29,25 +30,19 @@ from ..errors import BaseModelError
 from ..settings import CalibrationSettings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 MIN_ROWS = 32  # rows of a task, where nobody says how many
 
 
 def draw(
-    task: TaskData,
-    tokenizer: PreTrainedTokenizerBase,
-    labels: Sequence[Any],
-    settings: CalibrationSettings,
-    *,
-    least: int = MIN_ROWS,
-    embeddings: float = math.inf,
+    task: TaskData, base: BaseModel, labels: Sequence[Any], settings: CalibrationSettings, *, least: int = MIN_ROWS
 ) -> list[Encoded]:
-    """The training rows that `settings` draws from `task`, encoded for a head whose classes are `labels`.
+    """The training rows that `settings` draws from `task`, encoded for a `base` with a head whose classes are `labels`.
 
     Where `settings` leaves their number open, 0.1 % of the rows as in the paper, but not less than `least`. In the
-    place of rows that `encode` leaves out others are drawn, while there are any. `embeddings` is as for `encode`.
+    place of rows that `encode` leaves out others are drawn, while there are any.
 
     Raises:
         DataError, BaseModelError: as `encode`.
@@ -58,13 +53,13 @@ def draw(
         wanted = max(least, round(len(rows) / 1000))
     count = max(1, round(len(rows) * wanted)) if wanted < 1 else int(wanted)
     dice, unit = random.Random(settings.seed), task.unit("train")
-    options: dict[str, Any] = {"max_length": settings.max_length, "unit": unit, "embeddings": embeddings}
+    options: dict[str, Any] = {"max_length": settings.max_length, "unit": unit, "embeddings": base.embeddings}
     drawn = dict(dice.sample(rows, min(count, len(rows))))
-    encoded = encode_all(drawn, tokenizer, task.task_type, labels, **options)
+    encoded = encode_all(drawn, base.tokenizer, task.task_type, labels, **options)
     if lacking := sum(row["left_out"] is not None for row in encoded):
         others = [row for row in rows if row[0] not in drawn]
         for number, row in dice.sample(others, len(others)):
-            encoded += encode_all({number: row}, tokenizer, task.task_type, labels, **options)
+            encoded += encode_all({number: row}, base.tokenizer, task.task_type, labels, **options)
             lacking -= encoded[-1]["left_out"] is None
             if not lacking:
                 break
@@ -116,8 +111,8 @@ def gradient_sums(
     targets: Mapping[str, torch.nn.Module],
     batches: Iterable[dict[str, Any]],
     *,
-    loss: str = "sample",
-    gradient_checkpointing: bool = True,
+    loss: str,
+    gradient_checkpointing: bool,
 ) -> dict[str, torch.Tensor]:
     """Σ over rows of ∂(loss of the row)/∂W for every target: module name → (out, in), fp32, where `_place` says.
 

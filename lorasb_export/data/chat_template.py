@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OPENED_THOUGHTS = re.compile(r"<[\w:]*(think|thought|reason)\w*>(?=\s*$)")  # at the end of a question
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_UNTOLD = "the chat template does not tell where the assistant's words begin and end"
+_STARTS, _ENDS = re.compile(r"(\{%-?\s*generation\s*)(-?%\})"), re.compile(r"(\{%-?\s*)(endgeneration\s*-?%\})")
+_MARK = "\ufdd0"  # no character
 # A macro of the name of transformers' function, which it takes no other for. The expression at its end is nothing: a
 # line break after a block would be left out.
 _DATES = "".join(f"|replace('%{code}', '{date(2024, 7, 26):%{code}}')" for code in ("-d", "-m", *"aAbBdejmyYHIMSp"))
@@ -95,38 +97,43 @@ def _written(tokenizer: PreTrainedTokenizerBase, chat: Chat, *, asked: bool = Fa
     return str(tokenizer.apply_chat_template(chat.turns, **options))
 
 
+def _is_written(tokenizer: PreTrainedTokenizerBase, chat: Chat, text: str, *, asked: bool, of_row: bool) -> bool:
+    """Whether it is this text that the template makes of the chat."""
+    try:
+        return text == _written(tokenizer, chat, asked=asked, of_row=of_row)
+    except (TemplateError, TypeError):  # Mistral's refuses an answer of neither words nor calls
+        return False
+
+
 def _require_all_written(
-    tokenizer: PreTrainedTokenizerBase,
-    chat: Chat,
-    text: str,
-    where: object,
-    *,
-    asked: bool = False,
-    of_row: bool = True,
+    tokenizer: PreTrainedTokenizerBase, chat: Chat, text: str, where: object, *, asked: bool, of_row: bool
+) -> None:
+    """Raise DataError where `text`, the chat as it is written, lacks a part of it."""
+    _require_tools_and_reasoning(tokenizer, chat, text, where, asked=asked, of_row=of_row)
+    _require_words_of_roles(tokenizer, chat, text, where, asked=asked, of_row=of_row)
+
+
+def _require_tools_and_reasoning(
+    tokenizer: PreTrainedTokenizerBase, chat: Chat, text: str, where: object, *, asked: bool, of_row: bool
 ) -> None:
     """Raise DataError where the text is the same without the tools, or without the calls of them.
 
     Or where the chat up to the last turn with reasoning is the same without that: of turns before the last many
-    templates leave it out, as they do where a server asks. Or where it is the same whatever another than the assistant
-    says.
+    templates leave it out, as they do where a server asks.
     """
-
-    def same(text: str, other: Chat, *, asked: bool) -> bool:
-        try:
-            return text == _written(tokenizer, other, asked=asked, of_row=of_row)
-        except (TemplateError, TypeError):  # Mistral's refuses an answer of neither words nor calls
-            return False
-
     without = {}
     if chat.tools:
         without["tools"] = Chat(chat.turns, None)
     if any(map(calls_tools, chat.turns)):
         without["tool_calls"] = Chat([_less(turn, "tool_calls") for turn in chat.turns], chat.tools)
-    left_out = [key for key, other in without.items() if same(text, other, asked=asked)]
+    left_out = [
+        key for key, other in without.items() if _is_written(tokenizer, other, text, asked=asked, of_row=of_row)
+    ]
     if thought := [n for n, turn in enumerate(chat.turns, 1) if turn["role"] == "assistant" and _thoughts(turn)]:
         *before, last = chat.turns[: thought[-1]]
         upto = _written(tokenizer, Chat([*before, last], chat.tools), of_row=of_row)
-        if same(upto, Chat([*before, _less(last, *REASONING)], chat.tools), asked=False):
+        unreasoned = Chat([*before, _less(last, *REASONING)], chat.tools)
+        if _is_written(tokenizer, unreasoned, upto, asked=False, of_row=of_row):
             left_out.append("reasoning")
     template = tokenizer.get_chat_template(tools=chat.tools)
     if any(turn.get("thinking") for turn in chat.turns) and not re.search(r"\bthinking\b", template):
@@ -135,14 +142,21 @@ def _require_all_written(
     if left_out:
         fix = "Write them into a message's content and leave the key out, or take a base whose template has them"
         raise DataError(f"the base's chat template leaves out {left_out[0]!r}", where=where, fix=fix)
+
+
+def _require_words_of_roles(
+    tokenizer: PreTrainedTokenizerBase, chat: Chat, text: str, where: object, *, asked: bool, of_row: bool
+) -> None:
+    """Raise DataError where the text is the same whatever another than the assistant says."""
+    template = tokenizer.get_chat_template(tools=chat.tools)
     roles = [turn["role"] for turn in chat.turns]
     for place, turn in enumerate(chat.turns):
         role, words = turn["role"], turn.get("content")
         key = template, role, place == 0, role in roles[:place], role in roles[place + 1 :]
         if role == "assistant" or not words or key in _SEEN_WRITTEN:
             continue
-        otherwise = [*chat.turns[:place], {**turn, "content": f"{words}0"}, *chat.turns[place + 1 :]]
-        if same(text, Chat(otherwise, chat.tools), asked=asked):
+        otherwise = Chat([*chat.turns[:place], {**turn, "content": f"{words}0"}, *chat.turns[place + 1 :]], chat.tools)
+        if _is_written(tokenizer, otherwise, text, asked=asked, of_row=of_row):
             what = f"the base's chat template leaves out what {role} says{' later on' if place else ''}"
             fix = "Write it into the user's messages, or take a base whose template has it"
             raise DataError(what, where=where, fix=fix)
@@ -177,11 +191,11 @@ def chat_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) -> t
     require_template(tokenizer, where, chat.tools)
     chat = _as_served(tokenizer, chat)
     with _refusals(where):
-        if _GENERATION.search(tokenizer.get_chat_template(tools=chat.tools)):
-            text, spans = _marked(chat, tokenizer)
+        if _STARTS.search(tokenizer.get_chat_template(tools=chat.tools)):
+            text, spans = _marked(chat, tokenizer, where)
         else:
             text, spans = _bounded(chat, tokenizer, where)
-        _require_all_written(tokenizer, chat, text, where)
+        _require_all_written(tokenizer, chat, text, where, asked=False, of_row=True)
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, places = tokens["input_ids"], tokens["offset_mapping"]
     starts, ends = [start for start, _ in places], [end for _, end in places]
@@ -190,12 +204,27 @@ def chat_tokens(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) -> t
     return ids, [slice(bisect_right(ends, start), bisect_left(starts, end)) for start, end in spans]
 
 
-def _marked(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> _Written:
-    """By a template that marks what the assistant says with {% generation %}."""
+def _marked(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) -> _Written:
+    """By a template that marks what the assistant says with {% generation %}.
+
+    Raises:
+        DataError: it is not where transformers has it, which counts what the template has written before: what a macro,
+            {% set %} or {% filter %} writes it gets only where that ends.
+    """
     told: Any = {**tokenizer.special_tokens_map, **fixed_date(tokenizer, chat.tools), "tools": chat.tools}
     rendered: Any = render_jinja_template([chat.turns], return_assistant_tokens_mask=True, **told)
     (text,), (spans,) = rendered
+    (seen,), _ = render_jinja_template([chat.turns], **told | {"chat_template": _seen(told["chat_template"])})
+    starts = [found.start() - before for before, found in enumerate(re.finditer(_MARK, seen))]
+    if seen.replace(_MARK, "") != text or starts != [start for start, _ in spans]:
+        fix = "Let the template write {% generation %} outside of macros, {% set %} and {% filter %}"
+        raise DataError(_UNTOLD, where=where, fix=fix)
     return text, spans
+
+
+def _seen(template: str) -> str:
+    """With _MARK before what each {% generation %} encloses. New tags stand where its own take white space away."""
+    return _ENDS.sub(r"\1endfilter %}{% \2", _STARTS.sub(rf"\1%}}{{% filter replace('', '{_MARK}', 1) \2", template))
 
 
 def _bounded(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) -> _Written:
@@ -216,10 +245,9 @@ def _bounded(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) -> _Wri
             continue
         asked, said = (written(i, asked=True) if i else ""), written(i + 1).rstrip()
         if not i or not (text.startswith(said) and said.startswith(asked) and len(asked) < len(said)):
-            what = f"the chat template does not tell where the assistant's words begin and end in turn {i + 1}"
             fix = "Enclose them in {% generation %} in the template"
             if not OPENED_THOUGHTS.search(asked):  # in which a completion would be learnt
                 fix += ", or use prompt/completion rows for single turns"
-            raise DataError(what, where=where, fix=fix)
+            raise DataError(f"{_UNTOLD} in turn {i + 1}", where=where, fix=fix)
         spans.append((len(asked), len(said)))
     return text, spans

@@ -7,12 +7,11 @@ every token of a plain text.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..choices import SEQ_CLS
-from ..errors import BaseModelError, DataError
+from ..errors import BaseModelError, DataError, some
 from .chat import chat_of
 from .chat_template import OPENED_THOUGHTS, chat_ids, chat_tokens
 from .rows import CHAT, TEXT, Prompt, Row, kind_of, question_and_answer
@@ -20,9 +19,11 @@ from .rows import CHAT, TEXT, Prompt, Row, kind_of, question_and_answer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ..base.model import BaseModel
+    from .task import TaskData
+
 logger = logging.getLogger(__name__)
 IGNORE = -100
-_NAMED_ROWS = 10  # in a warning
 _LONG, _BARE = "their prompt alone has {} tokens or more", "no token of theirs is to be learnt"
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # as SentencePiece writes it in tokens
 _END_OF_QUESTION = 16  # tokens: a tag may be one, or a few
@@ -81,7 +82,7 @@ def encode(
     max_length: int,
     unit: str = "row",
     *,
-    embeddings: float = math.inf,
+    embeddings: float,
 ) -> list[Encoded]:
     """Rows as `input_ids` (t,), `labels`, and `row`, the row's number: in `rows` from 1, or its key there.
 
@@ -105,6 +106,14 @@ def encode(
     return without_left_out(encoded, max_length, unit)
 
 
+def encode_split(
+    base: BaseModel, task: TaskData, split: str, labels: Sequence[Any], max_length: int, *, limit: int | None = None
+) -> list[Encoded]:
+    """A task's rows of a split, or the first `limit` of them, as `encode` has them for the base."""
+    rows, unit = task.rows(split)[:limit], task.unit(split)
+    return encode(rows, base.tokenizer, task.task_type, labels, max_length, unit, embeddings=base.embeddings)
+
+
 def encode_all(
     rows: Iterable[Row] | Mapping[int, Row],
     tokenizer: PreTrainedTokenizerBase,
@@ -113,7 +122,7 @@ def encode_all(
     max_length: int,
     unit: str = "row",
     *,
-    embeddings: float = math.inf,
+    embeddings: float,
 ) -> list[Encoded]:
     """As `encode`, without a warning and with the rows that it leaves out: `left_out` says why, or is None."""
     encoded: list[Encoded] = []
@@ -196,8 +205,7 @@ def _target(row: Row, labels: Sequence[Any], where: str) -> int | float:
     if not labels:
         return float(row["label"])
     if row["label"] not in labels:
-        known = ", ".join(map(repr, labels[:10])) + ", …" * (len(labels) > 10)
-        what = f"label {row['label']!r} is not among the training labels {known}"
+        what = f"label {row['label']!r} is not among the training labels {some(list(map(repr, labels)))}"
         raise DataError(what, where=where, fix="Train on rows with it, or remove the row")
     return labels.index(row["label"])
 
@@ -258,5 +266,4 @@ def _continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _named(numbers: Sequence[int]) -> str:
-    more = ", …" if len(numbers) > _NAMED_ROWS else ""
-    return f"row{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:_NAMED_ROWS]))}{more}"
+    return f"row{'s' if len(numbers) > 1 else ''} {some(numbers)}"

@@ -14,7 +14,7 @@ from ..base.borrowed import flags_kept
 from ..base.given import refuse_several_devices, require_loaded
 from ..base.model import AnyBase
 from ..choices import CAUSAL_LM, SEQ_CLS, Split, require_choice
-from ..data.encoding import Encoded, encode
+from ..data.encoding import Encoded, encode_split
 from ..data.rows import CHAT, COMPLETION, LABELLED, TEXT, Row, question_and_answer
 from ..data.source import AnySource
 from ..data.task import TaskData, load_held_out
@@ -41,6 +41,8 @@ _METRICS = {
     LABELLED: ("accuracy", "mcc", "f1"),
 }
 _OF_NUMBERS = ("pearson", "rmse")
+
+_Score = tuple[float, Sequence[Any]]  # the metric, and what is said of each row
 
 
 def evaluate(
@@ -71,10 +73,9 @@ def evaluate(
             (the mean over classes); for regression `pearson` or `rmse`. The first of these when None.
         batch_size: rows at once; it changes nothing beyond rounding.
         predictions: also return what is said of each row; not for the metric `loss`.
-        network: the loaded base, where the caller already has it. It is left as it was found: an adapter on it is taken
-            off meanwhile, also one in training, a classifier's head and what asks for gradients are as they were.
-        said_by_base: the same dict for several adapters in turn, empty at first: a base that generates is asked once
-            what several of them are asked.
+        network: the loaded base, where the caller already has it. Restored afterwards: any adapter on it (even one in
+            training), the classifier's head, and `requires_grad`.
+        said_by_base: cache of the base's scores: pass the same, initially empty, dict for every adapter.
 
     Returns:
         `task`, `split`, `rows` (those that count), `metric`, and its value, not in percent, for `adapter` and for
@@ -98,11 +99,9 @@ def evaluate(
     base = adapter.base.resolve(base)
     base.verify(adapter.base, adapter.R)
     warn_of_another_template([adapter], base.folder)
-    tokenizer = base.tokenizer
-    encoded, unit = [], task.unit(split)
+    tokenizer, length, encoded = base.tokenizer, trained_length(adapter), list[Encoded]()
     if metric != "exact_match":
-        of_task = task.task_type, adapter.labels, trained_length(adapter), unit
-        encoded = encode(rows, tokenizer, *of_task, embeddings=base.embeddings)
+        encoded = encode_split(base, task, split, adapter.labels, length, limit=limit)
     if network is None:
         network = base.load(adapter.task_type, dtype=dtype, num_labels=adapter.num_labels)
     else:
@@ -112,42 +111,60 @@ def evaluate(
     with taken_off(network), flags_kept(network):  # what is on it must not count as the base
         scorer: _Answers | _Predictions
         if metric == "exact_match":
-            scorer = _Answers(asked_of(network, tokenizer, rows, unit), tokenizer, batch_size)
+            scorer = _Answers(asked_of(network, tokenizer, rows, task.unit(split)), tokenizer, batch_size)
         else:
             scorer = _Predictions(encoded, tokenizer.pad_token_id, batch_size, metric, task.regression, adapter.labels)
-        before: float | None = None
-        said_before: Sequence[Any] = [None] * len(rows)
+        of_base: tuple[float | None, Sequence[Any]] = None, [None] * len(rows)
         if task.task_type == CAUSAL_LM:
-            length = trained_length(adapter) if metric == "loss" else 0
-            asked_for = base.folder, network.dtype, dtype, task.sha256, split, limit, metric, length
             kept = {} if said_by_base is None else said_by_base
-            if asked_for not in kept:
-                kept.clear()  # only the last is kept: what is said of all tasks may be more than memory holds
-                kept[asked_for] = scorer.score(network)
-            before, said_before = kept[asked_for]
+            asked_for = base.folder, dtype, task.sha256, split, limit, metric, length if metric == "loss" else 0
+            of_base = _score_of_base(scorer, network, asked_for, kept)
         with head_kept(network, adapter.head):
             adapter.inject(network)
-            after, said_after = scorer.score(network)
-    if not all(value is None or math.isfinite(value) for value in (before, after)):
+            of_adapter = scorer.score(network)
+    _check_values(task, metric, of_base[0], of_adapter[0])
+    of_rows = {"task": task.name, "split": split, "rows": len(scorer.expected), "metric": metric}
+    result: dict[str, Any] = {**of_rows, "base": of_base[0], "adapter": of_adapter[0]}
+    if metric == "exact_match":
+        result["gained"], result["lost"] = gained_and_lost(of_base[1], of_adapter[1], scorer.expected)
+    if predictions:
+        expected = [row["label"] for row in rows] if task.task_type == SEQ_CLS else scorer.expected
+        result["predictions"] = _of_each_row(rows, expected, of_base[1], of_adapter[1])
+    return result
+
+
+def _score_of_base(
+    scorer: _Answers | _Predictions, network: PreTrainedModel, asked_for: tuple[Any, ...], kept: dict[Any, _Score]
+) -> _Score:
+    """The base's score, from `kept` where it was last asked for the same, in a network of the same dtype."""
+    key = network.dtype, *asked_for
+    if key not in kept:
+        kept.clear()  # only the last is kept: what is said of all tasks may be more than memory holds
+        kept[key] = scorer.score(network)
+    return kept[key]
+
+
+def _check_values(task: TaskData, metric: str, of_base: float | None, of_adapter: float) -> None:
+    """Raise DataError for a value that is not finite; warn where no answer is right."""
+    if not all(value is None or math.isfinite(value) for value in (of_base, of_adapter)):
         fix = "Score in another dtype: float16 overflows where others do not"
         raise DataError(f"the {metric} is not finite", where=task.source, fix=fix)
-    if metric == "exact_match" and before == after == 0:
+    if metric == "exact_match" and of_base == of_adapter == 0:
         what = "no answer is the expected text, the base's or the adapter's"
         logger.warning(
             "%s: %s. Of free text compare the metric loss, or score predictions your own way", task.name, what
         )
-    of_rows = {"task": task.name, "split": split, "rows": len(encoded or rows), "metric": metric}
-    result: dict[str, Any] = {**of_rows, "base": before, "adapter": after}
-    if metric == "exact_match":
-        result["gained"], result["lost"] = gained_and_lost(said_before, said_after, scorer.expected)
-    if predictions:
-        expected = [row["label"] for row in rows] if task.task_type == SEQ_CLS else scorer.expected
-        numbered = enumerate(zip(rows, expected, said_before, said_after, strict=True), 1)
-        result["predictions"] = [
-            {"number": number, "row": row, "expected": wanted, "base": base_said, "adapter": adapter_said}
-            for number, (row, wanted, base_said, adapter_said) in numbered
-        ]
-    return result
+
+
+def _of_each_row(
+    rows: Sequence[Row], expected: Sequence[Any], of_base: Sequence[Any], of_adapter: Sequence[Any]
+) -> list[dict[str, Any]]:
+    """What `evaluate` returns as `predictions`."""
+    numbered = enumerate(zip(rows, expected, of_base, of_adapter, strict=True), 1)
+    return [
+        {"number": number, "row": row, "expected": wanted, "base": base_said, "adapter": adapter_said}
+        for number, (row, wanted, base_said, adapter_said) in numbered
+    ]
 
 
 @dataclass(frozen=True)
@@ -162,7 +179,7 @@ class _Answers:
     def expected(self) -> list[str]:
         return [one.expected for one in self.asked]
 
-    def score(self, network: PreTrainedModel) -> tuple[float, Sequence[Any]]:
+    def score(self, network: PreTrainedModel) -> _Score:
         """The metric, and the answer to each row."""
         ids, max_tokens = [one.ids for one in self.asked], [one.max_tokens for one in self.asked]
         said = answers_of_ids(network, self.tokenizer, ids, max_tokens, batch_size=self.batch_size)
@@ -184,7 +201,7 @@ class _Predictions:
     def expected(self) -> list[Any]:
         return [row["labels"] for row in self.encoded]
 
-    def score(self, network: PreTrainedModel) -> tuple[float, Sequence[Any]]:
+    def score(self, network: PreTrainedModel) -> _Score:
         """The metric, and what is predicted of each row: nothing where the metric is the loss."""
         scores = row_scores(network, self.encoded, self.pad_id, batch_size=self.batch_size)
         if self.metric == "loss":
@@ -243,7 +260,7 @@ def to_score(
     rows = task.rows(split)[:limit]
     if metric == "exact_match":
         for number, row in enumerate(rows, 1):
-            question_and_answer(row, f"{split} row {number}")
+            question_and_answer(row, f"{task.unit(split)} {number}")
     return split, metric, rows
 
 

@@ -96,8 +96,8 @@ def checked_prompt_ids(
     *,
     reach: float,
     unit: str,
-    made_for: float = math.inf,
-    embeddings: float = math.inf,
+    made_for: float,
+    embeddings: float,
 ) -> list[list[int]]:
     """Token ids of prompts, asked as in training (`encoding.prompt_ids`), that a network can answer.
 
@@ -113,6 +113,7 @@ def checked_prompt_ids(
     Raises:
         DataError: the chat template refuses a prompt, or there is none for a chat; it has no tokens, or one without an
             embedding; or positions end before its answer. Up to ten are named at once.
+        BaseModelError: the end of sequence is in a prompt and has no embedding.
         SettingsError: `prompts` is one text.
     """
     if isinstance(prompts, str):
@@ -124,8 +125,7 @@ def checked_prompt_ids(
     for number, (prompt, most) in enumerate(zip(prompts, max_tokens, strict=True), 1):
         with problems:
             where = f"{unit} {number}"
-            questions.append(_asked(tokenizer, prompt, where, reach=reach, max_tokens=most))
-            require_embeddings(questions[-1], tokenizer, embeddings, where)
+            questions.append(_asked(tokenizer, prompt, where, reach=reach, embeddings=embeddings, max_tokens=most))
         if problems.is_full:
             break
     problems.raise_all("nothing was answered")
@@ -145,7 +145,7 @@ def limits_of(network: PreTrainedModel) -> dict[str, float]:
 
 
 def _asked(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: str, *, reach: float, max_tokens: int
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: str, *, reach: float, embeddings: float, max_tokens: int
 ) -> list[int]:
     ids = prompt_ids(tokenizer, prompt, where)
     if not ids:
@@ -153,6 +153,7 @@ def _asked(
     if len(ids) + max_tokens > reach:
         what = f"a prompt of {len(ids)} tokens and an answer of {max_tokens}; the base's positions end at {reach}"
         raise DataError(what, where=where, fix="Shorten one of them")
+    require_embeddings(ids, tokenizer, embeddings, where)
     return ids
 
 
@@ -174,8 +175,9 @@ def answers(
         unit: what errors call a prompt; its number, from 1, follows.
 
     Raises:
-        DataError: the chat template refuses a prompt, or there is none for a chat; it has no tokens; or learned
-            positions end before its answer. Up to ten are named at once.
+        DataError: the chat template refuses a prompt, or there is none for a chat; it has no tokens, or one without an
+            embedding; or learned positions end before its answer. Up to ten are named at once.
+        BaseModelError: the end of sequence is in a prompt and has no embedding.
         SettingsError: a `Stack` on `network` has an adapter chosen for each row; here one answers all. Or `prompts`
             is one text.
     """
@@ -225,6 +227,7 @@ def asked_of(
 
     Raises:
         DataError: messages that do not end with the assistant's turn after another; and as `checked_prompt_ids`.
+        BaseModelError: as `checked_prompt_ids`.
     """
     ends = end_ids(tokenizer, network.generation_config.eos_token_id)
     found = [question_of(tokenizer, row, f"{unit} {number}", ends) for number, row in enumerate(rows, 1)]
@@ -233,10 +236,13 @@ def asked_of(
     return list(map(Asked, ids, expected, max_tokens))
 
 
-def asked_row(tokenizer: PreTrainedTokenizerBase, row: Row, where: str, ends: Collection[int]) -> Asked:
+def asked_row(
+    tokenizer: PreTrainedTokenizerBase, row: Row, where: str, ends: Collection[int], embeddings: float
+) -> Asked:
     """As `asked_of`, of one row, whatever its length."""
     prompt, expected, max_tokens = question_of(tokenizer, row, where, ends)
-    return Asked(_asked(tokenizer, prompt, where, reach=math.inf, max_tokens=max_tokens), expected, max_tokens)
+    ids = _asked(tokenizer, prompt, where, reach=math.inf, embeddings=embeddings, max_tokens=max_tokens)
+    return Asked(ids, expected, max_tokens)
 
 
 class Question(NamedTuple):
@@ -247,7 +253,7 @@ class Question(NamedTuple):
     max_tokens: int
 
 
-def question_of(tokenizer: PreTrainedTokenizerBase, row: Row, where: str, ends: Collection[int] = ()) -> Question:
+def question_of(tokenizer: PreTrainedTokenizerBase, row: Row, where: str, ends: Collection[int]) -> Question:
     """How a row is asked.
 
     What is expected is not always the row's text: a template may write more (Qwen3's empty thoughts), a tokenizer

@@ -12,7 +12,7 @@ import torch
 
 from ..adapter import Adapter
 from ..base.model import BaseModel
-from ..data.encoding import encode
+from ..data.encoding import encode_split
 from ..data.source import TaskSource
 from ..data.task import TaskData, load_task
 from ..errors import ArtifactError, DataError, SettingsError
@@ -41,8 +41,8 @@ def rows_of(base: BaseModel, adapter: Adapter) -> tuple[Inputs, int]:
     task = _task(adapter)
     if task is None:
         return tokenizer(list(_TEXTS), return_tensors="pt", padding=True), 0
-    rows = task.rows(task.held_out() if task.has_held_out else "train")[:_ROWS]
-    encoded = encode(rows, tokenizer, adapter.task_type, adapter.labels, _WHOLE, embeddings=base.embeddings)
+    split = task.held_out() if task.has_held_out else "train"
+    encoded = encode_split(base, task, split, adapter.labels, _WHOLE, limit=_ROWS)
     ends = (base.config.get(key) for key in ("max_position_embeddings", "n_positions"))
     most = min([_TOKENS, *filter(None, ends)])  # learned positions may end before
     inputs = [{key: row[key][:most] for key in tokenizer.model_input_names if key in row} for row in encoded]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def row_scores(
-    network: PreTrainedModel, encoded: Sequence[Encoded], pad_id: int, *, batch_size: int = 16
+    network: PreTrainedModel, encoded: Sequence[Encoded], pad_id: int, *, batch_size: int
 ) -> list[tuple[float, int, float]]:
     """For every row its summed loss, the number of labels behind it, and the prediction.
 

@@ -46,6 +46,24 @@ def ask_adapters(
     if "base" in adapters:
         what = "an adapter called 'base' would hide the base's answer"
         raise SettingsError(what, where=adapters["base"], fix="Ask for it by its path")
+    loaded = _loaded(adapters, failed)
+    base_model = _base_of(loaded, base)
+    tokenizer = base_model.tokenizer
+    empty = base_model.load_empty(CAUSAL_LM, dtype="float32")
+    of_each = [max_tokens] * len(prompts)
+    questions = checked_prompt_ids(tokenizer, prompts, of_each, unit=unit, **limits_of(empty))
+    network = base_model.load(dtype=dtype)
+    asked: dict[str, Adapter | None] = {"base": None, **loaded}
+    found = {}
+    for name, on_it in progress_bar(asked.items(), desc="ask", leave=False):
+        if on_it is not None:
+            on_it.inject(network)
+        found[name] = answers_of_ids(network, tokenizer, questions, of_each, batch_size=batch_size)
+    return found
+
+
+def _loaded(adapters: Mapping[str, str], failed: dict[str, LoraSBError] | None) -> dict[str, Adapter]:
+    """Those of `adapters` that are whole, with their bases. Arguments and errors: as for `ask_adapters`."""
     loaded: dict[str, Adapter] = {}
     bases: dict[str, Basis] = {}
     for name, source in adapters.items():
@@ -64,21 +82,15 @@ def ask_adapters(
         if adapter.task_type != CAUSAL_LM:
             fix = "Leave it out, and score it with `lorasb evaluate`"
             raise ArtifactError(f"adapter {name} is a classifier, which answers nothing", where=adapter.folder, fix=fix)
+    return loaded
+
+
+def _base_of(loaded: Mapping[str, Adapter], base: str | None) -> BaseModel:
+    """The base that all of them are asked on, checked. Arguments and errors: as for `ask_adapters`."""
     first = next(iter(loaded.values()), None)
     base_model = BaseModel.resolve(base or "") if first is None else first.base.resolve(base)
     for adapter in loaded.values():
         base_model.verify(adapter.base, adapter.R)
     base_model.require_task(CAUSAL_LM)
     warn_of_another_template(loaded.values(), base_model.folder)
-    tokenizer = base_model.tokenizer
-    empty = base_model.load_empty(CAUSAL_LM)
-    of_each = [max_tokens] * len(prompts)
-    questions = checked_prompt_ids(tokenizer, prompts, of_each, unit=unit, **limits_of(empty))
-    network = base_model.load(dtype=dtype)
-    asked: dict[str, Adapter | None] = {"base": None, **loaded}
-    found = {}
-    for name, on_it in progress_bar(asked.items(), desc="ask", leave=False):
-        if on_it is not None:
-            on_it.inject(network)
-        found[name] = answers_of_ids(network, tokenizer, questions, of_each, batch_size=batch_size)
-    return found
+    return base_model

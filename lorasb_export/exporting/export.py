@@ -28,7 +28,7 @@ def export(
     """Write adapters in another format.
 
     Args:
-        adapters: one adapter folder; for `onnx-adapters` any number that share a basis.
+        adapters: one adapter, a folder or a Hub id; for `onnx-adapters` any number that share a basis.
         format: `peft` (a stock LoRA folder), `onnx` (a merged graph) or `onnx-adapters` (one graph and a small
             file per task).
         base: the base model, where it is not where the adapter says.
@@ -41,7 +41,7 @@ def export(
             held-out rows an ONNX graph is compared too.
         max_drop: points of 100 of its metric that the graph may lose there.
 
-    Of all these `peft` reads `base`, `verify` and `overwrite`.
+    The format `peft` uses only `base`, `verify` and `overwrite`.
 
     Returns:
         of `peft` `out`, its `rank`, the number of `modules`, the `bytes` of the weights and what `verify` found; of a

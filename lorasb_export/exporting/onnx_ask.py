@@ -13,7 +13,7 @@ from ..evaluation.answer_end import before_end
 from ..evaluation.inference import checked_prompt_ids
 from ..names import refuse_many
 from .onnx_record import read_record
-from .onnx_run import OnnxDecoder, context_of, tokenizer_in
+from .onnx_run import OnnxDecoder, limits_in, tokenizer_in
 
 
 def ask_onnx(
@@ -21,13 +21,13 @@ def ask_onnx(
     prompts: Sequence[Prompt],
     adapters: Sequence[str] | None = None,
     *,
-    max_tokens: int = 128,
+    max_tokens: int,
     unit: str = "prompt",
 ) -> dict[str, list[str]]:
     """Greedy answers of an exported decoder to prompts, asked as in training.
 
     Args:
-        prompts, unit: as for `inference.answers`.
+        prompts, max_tokens, unit: as for `inference.answers`.
         adapters: of an `onnx-adapters` folder; None takes all, of a few.
 
     Returns:
@@ -35,7 +35,7 @@ def ask_onnx(
 
     Raises:
         ArtifactError: not an ONNX export, one of a classifier, a damaged one, or it has no such adapter.
-        DataError: as `inference.answers` has it.
+        DataError, BaseModelError: as `inference.answers` has them.
         SettingsError: `adapters` of a folder that has one merged in; None where there are many.
     """
     record = read_record(folder)
@@ -47,8 +47,8 @@ def ask_onnx(
     if adapters is None:
         refuse_many(record.get("adapters", ()), folder)
 
-    tokenizer, reach = tokenizer_in(folder), context_of(folder)
-    questions = checked_prompt_ids(tokenizer, prompts, [max_tokens] * len(prompts), reach=reach, unit=unit)
+    tokenizer, of_each = tokenizer_in(folder), [max_tokens] * len(prompts)
+    questions = checked_prompt_ids(tokenizer, prompts, of_each, unit=unit, **limits_in(folder))
     decoder = OnnxDecoder(folder)
     if record["kind"] == "onnx":
         names: dict[str, str | None] = {record["adapter"]["name"] or "merged": None}

@@ -49,6 +49,15 @@ def build(
         basis: makes the targets swappable: kept apart (GENAI; `onnx_swap.add_basis` follows), or with A, R and B
             beside them, of a block with R alone (TORCH).
     """
+    _run(_command(exporter, folder, out, precision, scratch, task_type, basis), scratch, folder)
+    _finish_graph(out, folder if exporter == GENAI else None)
+    _finish_files(exporter, folder, out, task_type)
+
+
+def _command(
+    exporter: str, folder: Path, out: Path, precision: str, scratch: Path, task_type: str, basis: Basis | None
+) -> list[str]:
+    """What `python -m` runs; arguments as for `build`."""
     wanted = PRECISIONS[precision]
     if exporter == GENAI:
         command = ["onnxruntime_genai.models.builder", "-i", str(folder), "-o", str(out)]
@@ -56,15 +65,17 @@ def build(
         # Without the second, plain onnxruntime refuses an empty cache for layers with a sliding window; without the
         # third, early versions run code that lies beside a model.
         options = [f"fuse_qkv={str(basis is None).lower()}", "windowed_kv_cache=false", "hf_remote=false"]
-        command += ["--extra_options", *options]
-    else:
-        command = ["lorasb_export.exporting.onnx_torch", str(folder), str(out), task_type, wanted.dtype]
-        if basis is not None:
-            (scratch / "basis").mkdir()
-            basis.write_into(scratch / "basis")
-            command.append(str(scratch / "basis"))
-    _run(command, scratch, folder)
-    _finish_graph(out, folder if exporter == GENAI else None)
+        return [*command, "--extra_options", *options]
+    command = ["lorasb_export.exporting.onnx_torch", str(folder), str(out), task_type, wanted.dtype]
+    if basis is not None:
+        (scratch / "basis").mkdir()
+        basis.write_into(scratch / "basis")
+        command.append(str(scratch / "basis"))
+    return command
+
+
+def _finish_files(exporter: str, folder: Path, out: Path, task_type: str) -> None:
+    """What lies beside the graph: files of the checkpoint, and what says how the graph is read and asked."""
     tokenizer, template = out / "tokenizer_config.json", out / "chat_template.jinja"
     kept = {"model_max_length": read_json(tokenizer)["model_max_length"]} if exporter == GENAI else {}
     # The builder writes the tokenizer anew, as transformers 5 does and 4 cannot read it: what it wrote stays only where

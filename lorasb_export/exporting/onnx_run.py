@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
@@ -112,7 +113,11 @@ class OnnxDecoder:
         return ends_of(self.folder, tokenizer_in(self.folder))
 
     def use(self, adapter: str | Path | None) -> None:
-        """Answer with this adapter from now on. A file is checked when it is first used, and again when it changed."""
+        """Answer with this adapter from now on. A file is checked when it is first used, and again when it changed.
+
+        Raises:
+            ArtifactError: the folder has no such adapter; or the file is missing, damaged or of another graph.
+        """
         run_options = self._ort.RunOptions()  # a new one: of two active adapters the first would win
         if adapter is None:
             self._chosen = _Chosen(run_options)
@@ -243,6 +248,12 @@ def context_of(folder: Path) -> int:
     """How many tokens a prompt and its answer may have in an exported decoder. Raises ArtifactError: no config.json."""
     context: int = read_json(folder / "config.json").get("max_position_embeddings", sys.maxsize)
     return context
+
+
+def limits_in(folder: Path) -> dict[str, float]:
+    """What `checked_prompt_ids` asks of an exported decoder. Raises ArtifactError: no config.json."""
+    context, vocabulary = context_of(folder), read_json(folder / "config.json").get("vocab_size", math.inf)
+    return {"reach": context, "made_for": context, "embeddings": vocabulary}
 
 
 def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase:

@@ -17,7 +17,7 @@ from ..basis import Basis
 from ..belonging import load_basis_once
 from ..choices import CAUSAL_LM, SEQ_CLS
 from ..data.batches import collate
-from ..data.encoding import encode, prompt_ids
+from ..data.encoding import encode_split, prompt_ids
 from ..data.rows import TEXT, has_answer
 from ..data.task import TaskData
 from ..errors import ArtifactError
@@ -36,7 +36,7 @@ PROMPTS = (
     "List three uses of a brick.",
 )
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 _TOKENS = 32  # of an answer
 _METRIC_ROWS, _BATCH_ROWS = 128, 16
@@ -117,10 +117,8 @@ def verify_classifier(out: Path, base: BaseModel, adapter: Adapter, data: TaskDa
     tokenizer = base.tokenizer
     rows = []
     if data is not None:
-        scored = data.rows(data.held_out())[:_METRIC_ROWS]
-        unit = data.unit(data.held_out())
-        of_task = SEQ_CLS, adapter.labels, trained_length(adapter), unit
-        rows = encode(scored, tokenizer, *of_task, embeddings=base.embeddings)
+        length = trained_length(adapter)
+        rows = encode_split(base, data, data.held_out(), adapter.labels, length, limit=_METRIC_ROWS)
     batches = [dict(tokenizer(list(PROMPTS), padding=True, return_tensors="pt"))]
     for start in range(0, len(rows), _BATCH_ROWS):
         batch = collate(rows[start : start + _BATCH_ROWS], tokenizer.pad_token_id)
@@ -157,19 +155,21 @@ def _both(metric: str, rows: int, in_torch: float, in_onnx: float) -> dict[str, 
 
 def held_out_rows(data: Mapping[str, TaskData], base: BaseModel) -> dict[str, HeldOut]:
     """What there is to ask of each task; nothing of plain text. Raises DataError for a row that cannot be asked."""
-    tokenizer = base.tokenizer
-    ends = ends_of(base.folder, tokenizer)
-    return {name: HeldOut(task, tokenizer, ends) for name, task in data.items() if task.kind != TEXT}
+    ends = ends_of(base.folder, base.tokenizer)
+    return {name: HeldOut(task, base, ends) for name, task in data.items() if task.kind != TEXT}
 
 
 class HeldOut:
     """Exact match of greedy answers on a task's held-out rows, in the graph and then in torch."""
 
-    def __init__(self, task: TaskData, tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> None:
+    def __init__(self, task: TaskData, base: BaseModel, ends: Collection[int]) -> None:
         rows, unit = task.rows(task.held_out())[:_METRIC_ROWS], task.unit(task.held_out())
         answered = {number: row for number, row in enumerate(rows, 1) if has_answer(row)}
-        self._tokenizer, self._rows = tokenizer, len(rows)
-        self._asked = [asked_row(tokenizer, row, f"{unit} {number}", ends) for number, row in answered.items()]
+        self._tokenizer, self._rows = base.tokenizer, len(rows)
+        self._asked = [
+            asked_row(base.tokenizer, row, f"{unit} {number}", ends, base.embeddings)
+            for number, row in answered.items()
+        ]
 
     def ask(self, decoder: OnnxDecoder) -> None:
         """The graph, of the rows that fit with their answers; torch is asked the same."""

@@ -20,7 +20,7 @@ from ..base.streamed import streamed_model, was_read
 from ..evaluation.logits import TOLERANCE, Inputs, logits_of, require_close, rows_of
 from ..layers.exact import exact_products
 from ..out_of_memory import is_out_of_memory
-from .rounding import NOT_ROUNDED, Rounding
+from .rounding import Rounding
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +28,7 @@ Logits = tuple[torch.Tensor, torch.Tensor]  # of base + adapters, and of what wa
 
 
 @exact_products()
-def compare_logits(
-    base: BaseModel, adapters: Sequence[Adapter], merged: Path, rounding: Rounding = NOT_ROUNDED
-) -> dict[str, Any]:
+def compare_logits(base: BaseModel, adapters: Sequence[Adapter], merged: Path, rounding: Rounding) -> dict[str, Any]:
     """Compare logits of base + adapters with those of `merged`, both computed in fp32; the base's after `rounding`.
 
     On the first rows of the first one's task where they still lie where `fit` read them, else on built-in text.

@@ -84,7 +84,7 @@ class _Line:
         return [row["completion"] for row in self.tasks[task].rows("test")]
 
     def limit(self, task: str, tokenizer: PreTrainedTokenizerBase) -> int:
-        return max(question_of(tokenizer, row, "a row").max_tokens for row in self.tasks[task].rows("test"))
+        return max(question_of(tokenizer, row, "a row", ()).max_tokens for row in self.tasks[task].rows("test"))
 
     def ask(self, way: str, task: str, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         limit = self.limit(task, tokenizer)

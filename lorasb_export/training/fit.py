@@ -52,9 +52,9 @@ def fit(
             from the beginning where there is none. An adapter that they made is kept. A run of others is refused, or
             with `overwrite` dropped.
         network: the loaded base, as `BaseModel.load` gives it, where the caller already has it; its weights are not
-            compared with `base`. It is given back frozen or not as it was, in eval mode and without an adapter;
-            `Adapter.inject` puts the new one on. A classifier's head is as it was. A run that `resume` finds finished
-            leaves it alone. It is moved to the first GPU, where there is one.
+            compared with `base`. It is returned in eval mode, without an adapter (`Adapter.inject` puts the
+            new one on), with `requires_grad` flags and classifier head restored. It is moved to the first GPU, if any.
+            If `resume` finds a finished run, it is not touched.
         measure: how much of the task's gradient the basis holds, where its calibration has not. That is a pass over
             some rows with the gradients of whole weights, and an SVD of each module.
         start: an adapter of the same basis, kind of task and labels to go on from: R, and a classifier's head, start as

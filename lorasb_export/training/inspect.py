@@ -56,7 +56,7 @@ def inspect_data(data: AnySource | TaskData, base: AnyBase, settings: FitSetting
     refuse_merged(base.folder)
     base.require_task(task.task_type)
     task = replace(task, label_order=base.head_labels)
-    tokenizer, network = base.tokenizer, base.load_empty(task.task_type, num_labels=task.num_labels)
+    tokenizer, network = base.tokenizer, base.load_empty(task.task_type, dtype="float32", num_labels=task.num_labels)
     problems, kept, splits = Problems(), dict[str, list[Encoded]](), dict[str, dict[str, Any]]()
     with problems:
         check_rows(task, settings)
@@ -65,8 +65,7 @@ def inspect_data(data: AnySource | TaskData, base: AnyBase, settings: FitSetting
     for split in filter(task.splits.get, task.splits):
         with problems:
             rows, length, unit = task.rows(split), settings.max_length, task.unit(split)
-            of_task = task.task_type, task.labels, length, unit
-            encoded = encode_all(rows, tokenizer, *of_task, embeddings=base.embeddings)
+            encoded = encode_all(rows, tokenizer, task.task_type, task.labels, length, unit, embeddings=base.embeddings)
             if split == "test":  # which `fit` does not encode
                 kept[split] = [row for row in encoded if row["left_out"] is None]
             else:

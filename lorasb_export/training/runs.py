@@ -16,7 +16,7 @@ from .. import distributed
 from ..adapter import Adapter, copy_tensors
 from ..base.model import BaseModel
 from ..basis import Basis
-from ..data.encoding import Encoded, encode
+from ..data.encoding import Encoded, encode_split
 from ..data.task import TaskData
 from ..data.trained_template import recorded_template
 from ..errors import TrainingError
@@ -210,9 +210,7 @@ class TrainingRuns:
         return encoded
 
     def _rows(self, task: TaskData, split: str) -> Sequence[Encoded]:
-        rows, length, base = task.rows(split), self.settings.max_length, self.base
-        of_task = task.task_type, task.labels, length, task.unit(split)
-        return encode(rows, base.tokenizer, *of_task, embeddings=base.embeddings)
+        return encode_split(self.base, task, split, task.labels, self.settings.max_length)
 
     def _validation(self, task: TaskData) -> Validation | None:
         if not task.splits.get("valid"):

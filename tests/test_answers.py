@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tokenizers.normalizers import NFC
 from transformers import GenerationConfig
 
@@ -15,7 +16,7 @@ from lorasb_export import fit
 from lorasb_export.base.model import BaseModel
 from lorasb_export.data.encoding import prompt_ids
 from lorasb_export.errors import DataError, SettingsError
-from lorasb_export.evaluation.inference import answers, answers_of_ids, question_of
+from lorasb_export.evaluation.inference import _batches, answers, answers_of_ids, question_of
 from lorasb_export.settings import CalibrationSettings, FitSettings
 from tests.rows import CHAT, GOOD, MARKED, THINKING
 from tests.tiny import make_gpt2, make_llama, save_tokenizer
@@ -78,6 +79,32 @@ def test_rows_whose_longest_prompt_and_largest_room_reach_too_far_are_asked_apar
     alone = [answers_of_ids(network, tokenizer, [one], [room])[0] for one, room in zip(ids, rooms, strict=True)]
     assert answers_of_ids(network, tokenizer, ids, rooms, batch_size=3) == alone
     assert [len(answer.split()) for answer in alone] == rooms
+
+
+READ_PADDING = {
+    "RecurrentGemma": {
+        **{"hidden_size": 32, "lru_width": 32, "intermediate_size": 64, "num_hidden_layers": 3},
+        **{"num_attention_heads": 4, "num_key_value_heads": 1},
+    },
+    "Bart": {"d_model": 32, "decoder_layers": 2, "decoder_ffn_dim": 64, "decoder_attention_heads": 4},
+}
+
+
+@pytest.mark.parametrize("family", READ_PADDING)
+def test_prompts_of_one_length_are_asked_together_where_padding_would_be_read(family: str, chatty: Path) -> None:
+    """The former's convolutions take no mask, the latter's positions are counted from the padding on."""
+    tokenizer = BaseModel.resolve(chatty).tokenizer
+    config = getattr(transformers, f"{family}Config")(vocab_size=len(tokenizer), **READ_PADDING[family])
+    torch.manual_seed(0)
+    network = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    for parameter in network.parameters():
+        parameter.data += torch.randn_like(parameter) / 4  # at the usual 0.02 answers repeat the prompt
+    network.generation_config.eos_token_id = tokenizer.eos_token = None
+    ids, rooms = [[5, 6, 7], [8] * 12, [9, 10, 11], [12, 13, 14], [15, 16]], [6, 6, 9, 4, 8]
+    alone = [answers_of_ids(network, tokenizer, [one], [room])[0] for one, room in zip(ids, rooms, strict=True)]
+    assert answers_of_ids(network, tokenizer, ids, rooms, batch_size=2) == alone
+    sizes_of_rows = [(len(one), room) for one, room in zip(ids, rooms, strict=True)]
+    assert _batches(sizes_of_rows, 2, network) == [[1], [2, 0], [3], [4]]
 
 
 OPENED = MARKED.replace(

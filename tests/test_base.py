@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,9 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer, BertForMaskedLM
+import transformers
+from transformers import AutoModel, AutoTokenizer, BertForMaskedLM, BertLMHeadModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lorasb_export import calibrate, evaluate, fit
 from lorasb_export.base import device
@@ -20,6 +23,7 @@ from lorasb_export.base.device import default_device
 from lorasb_export.base.given import require_positions
 from lorasb_export.base.model import BaseModel
 from lorasb_export.base.structure import positions, trained_positions
+from lorasb_export.base.supported import _DECODERS_IF_SET, _ENCODERS
 from lorasb_export.choices import CAUSAL_LM, SEQ_CLS
 from lorasb_export.data.task import TaskData, task_of
 from lorasb_export.errors import ArtifactError, BaseModelError, DataError, SettingsError
@@ -76,6 +80,10 @@ BAD_BASES = {
         lambda f: (f.mkdir(), (f / "config.json").write_text('{"model_type": "vit"}')),
         "neither a causal language model nor a sequence classifier",
     ),
+    "of a network that looks ahead": (
+        lambda f: (f.mkdir(), (f / "config.json").write_text('{"model_type": "xlnet"}')),
+        "model type 'xlnet' is not supported: its network in transformers sees the tokens that it is to predict",
+    ),
     "quantized": (
         lambda f: (
             f.mkdir(),
@@ -118,6 +126,50 @@ def test_a_config_need_not_name_its_class(bert: Path, tmp_path: Path) -> None:
     write_json(tmp_path / "base" / "config.json", config)
     with pytest.raises(BaseModelError, match="distilbert does not generate text"):
         BaseModel.resolve(tmp_path / "base").require_task(CAUSAL_LM)
+
+
+def test_an_encoder_with_a_head_for_text_generates_if_its_tokens_do_not_see_what_follows(
+    sums: Path, tmp_path: Path
+) -> None:
+    """transformers only warns; in training the loss would fall to 0, by labels that are seen."""
+    base = make_bert(tmp_path / "base", kind=BertLMHeadModel)
+    with pytest.raises(BaseModelError, match="BertLMHeadModel does not generate text"):
+        calibrate(str(base), {"sums": sums})
+    write_json(base / "config.json", read_json(base / "config.json") | {"is_decoder": True})
+    network = BaseModel.resolve(base).load(CAUSAL_LM)
+    one, other = network(torch.tensor([[5, 6, 7], [5, 6, 8]])).logits
+    assert torch.equal(one[:2], other[:2])
+
+
+@pytest.mark.parametrize(
+    ("named", "more", "generates"),
+    [
+        ("ElectraForCausalLM of electra", {}, False),
+        ("ElectraForCausalLM of electra", {"is_decoder": True}, True),
+        ("RobertaForCausalLM of roberta", {"is_decoder": True}, False),
+        ("XLMWithLMHeadModel of xlm", {"causal": True}, False),
+        ("GPTNeoXForCausalLM of gpt_neox", {"is_decoder": False}, True),
+        ("Qwen2ForCausalLM of qwen2", {"is_causal": False}, False),
+        ("Gemma3ForCausalLM of gemma3_text", {"use_bidirectional_attention": True}, False),
+        ("Gemma4ForCausalLM of gemma4_text", {"use_bidirectional_attention": "vision"}, True),
+    ],
+)
+def test_what_generates_is_causal(named: str, more: dict[str, object], generates: bool, tmp_path: Path) -> None:
+    architecture, model_type = named.split(" of ")
+    for name in (architecture, None):
+        config = {"model_type": model_type, "architectures": name and [name], **more}
+        assert BaseModel("x", None, tmp_path, config).generates is generates
+
+
+def test_every_encoder_that_transformers_takes_for_a_language_model_is_known() -> None:
+    """Its source warns of each that is not made a decoder."""
+    types = {name: model_type for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()}
+    files = Path(transformers.__file__).parent.glob("models/*/modeling_*.py")
+    sources = [path.read_text(encoding="utf-8") for path in files]
+    warning = "(standalone, add|make sure that) `is_decoder=True"
+    named = [name for text in sources if re.search(warning, text) for name in re.findall(r"^class (\w+)", text, re.M)]
+    found = {types[name] for name in named if name in types}
+    assert {"bert", "xmod"} < found <= _ENCODERS | _DECODERS_IF_SET
 
 
 def test_drawing_a_head_leaves_every_other_generator_alone(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:

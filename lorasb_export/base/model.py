@@ -21,7 +21,7 @@ from ..hub.ids import parse_hub_id
 from .device import check_dtype, default_device
 from .network import auto_class, empty_network, mend_defaults, read_network
 from .side_files import FETCHED, FETCHED_TEXTS, LOOKED_AT_FIRST, NOT_FETCHED
-from .supported import architecture, check_supported, refuse_merged
+from .supported import architecture, check_supported, generates, refuse_merged
 from .tensors import checkpoint_tensors, possible_keys
 from .tokenizer import padded_tokenizer
 
@@ -138,11 +138,7 @@ class BaseModel:
     @property
     def generates(self) -> bool:
         """Whether it is a causal language model; one whose config.json does not say is taken for one if it can be."""
-        if named := architecture(self.config):
-            return named.endswith(("ForCausalLM", "LMHeadModel"))
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-        return self.config["model_type"] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        return generates(self.config)
 
     @property
     def embeddings(self) -> float:

@@ -10,6 +10,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _POSITIONS = ("position_embeddings", "wpe", "embed_positions")  # the names of learned ones: BERT's, GPT-2's, OPT's
+# RecurrentGemma's convolutions take no mask, DeepSeek V4 compresses tokens in blocks that padding moves, and what was
+# the decoder of a sequence-to-sequence model counts padding in its positions.
+_READ_PADDING = {
+    *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "deepseek_v4", "marian", "mbart", "mvp", "pegasus"),
+    *("plbart", "recurrent_gemma"),
+}
 
 
 def body_of(model: Module) -> str:
@@ -27,6 +33,11 @@ def classifies(network: Module) -> bool:
 def is_checkpointing(network: Module) -> bool:
     """Whether gradient checkpointing is switched on; transformers renames its own word for it."""
     return any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
+
+
+def reads_padding(network: PreTrainedModel) -> bool:
+    """Whether padding before a prompt changes what is said to it, though it is masked."""
+    return network.config.model_type in _READ_PADDING
 
 
 def positions(network: PreTrainedModel) -> float:

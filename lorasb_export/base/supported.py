@@ -13,6 +13,31 @@ from ..errors import BaseModelError
 from ..files.kind import ADAPTER_CONFIG, RECORD
 from ..files.storage import read_json
 
+_OTHERS = "Use a decoder (Llama, Qwen, Mistral, …) or an encoder (BERT, RoBERTa, …)"
+_ALL_LOGITS = "computes all logits, whichever are wanted"
+_LOOKS_AHEAD = "sees the tokens that it is to predict"
+# Model types of which transformers' network does not do, and why: training would fail, or go wrong without a word.
+_REFUSED = {
+    "cpmant": _LOOKS_AHEAD,
+    "fnet": "reads padding as text",
+    "prophetnet": _ALL_LOGITS,
+    "rwkv": "divides weights in place when it answers, and reads padding as text",
+    "trocr": _ALL_LOGITS,
+    "whisper": _ALL_LOGITS,
+    "xlnet": f"{_LOOKS_AHEAD}, and classifies by padding",
+    "xlstm": f"reads padding as text, and {_ALL_LOGITS}",
+}
+# Encoders that transformers takes for language models too, with a warning at most. The tokens of the first see those
+# that follow, unless `is_decoder` is set; the others, set or not, answer otherwise than they are trained: at other
+# positions (RoBERTa's kind), by a mask token (XLM's), in buckets that padding moves (Reformer).
+_DECODERS_IF_SET = {
+    *("bert", "bert-generation", "big_bird", "electra", "ernie", "megatron-bert", "rembert", "roc_bert", "roformer")
+}
+_ENCODERS = {
+    *("camembert", "data2vec-text", "flaubert", "reformer", "roberta", "roberta-prelayernorm"),
+    *("xlm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+}
+
 
 def check_supported(config: Mapping[str, Any], folder: Path) -> None:
     """Raise BaseModelError for a base that is quantized, takes more than text, neither generates nor classifies, or of
@@ -43,8 +68,11 @@ def check_supported(config: Mapping[str, Any], folder: Path) -> None:
         raise BaseModelError(
             f"model type {config.get('model_type')!r} is neither a causal language model nor a sequence classifier",
             where=folder / "config.json",
-            fix="Use a decoder (Llama, Qwen, Mistral, …) or an encoder (BERT, RoBERTa, …)",
+            fix=_OTHERS,
         )
+    if reason := _REFUSED.get(str(config.get("model_type"))):
+        what = f"model type {config['model_type']!r} is not supported: its network in transformers {reason}"
+        raise BaseModelError(what, where=folder / "config.json", fix=_OTHERS)
     named = architecture(config)
     if named.endswith("ForConditionalGeneration"):
         raise BaseModelError(
@@ -57,6 +85,25 @@ def check_supported(config: Mapping[str, Any], folder: Path) -> None:
 def architecture(config: Mapping[str, Any]) -> str:
     """The class that a config names first; empty where it names none."""
     return (config.get("architectures") or [""])[0]
+
+
+def generates(config: Mapping[str, Any]) -> bool:
+    """Whether it is a causal language model; one whose config.json does not say is taken for one if it can be."""
+    if config.get("model_type") in _ENCODERS or _sees_what_follows(config):
+        return False
+    if named := architecture(config):
+        return named.endswith(("ForCausalLM", "LMHeadModel"))
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return config["model_type"] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def _sees_what_follows(config: Mapping[str, Any]) -> bool:
+    """Whether a token's logits are made of the tokens after it, which in training are its labels."""
+    if config.get("model_type") in _DECODERS_IF_SET and not config.get("is_decoder"):
+        return True
+    # Models of embeddings, under the name of the decoder that they were made from.
+    return config.get("is_causal") is False or config.get("use_bidirectional_attention") in (True, "all")
 
 
 def refuse_merged(folder: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from ..bars import progress_bar
 from ..base.borrowed import evaluating
-from ..base.structure import positions, trained_positions
+from ..base.structure import positions, reads_padding, trained_positions
 from ..data.chat import calls_tools
 from ..data.chat_template import require_template
 from ..data.encoding import answer_ids, prompt_ids, require_embeddings
@@ -64,15 +64,17 @@ def _batches(sizes: Sequence[tuple[int, int]], batch_size: int, network: PreTrai
     """Which rows to answer at once, of each one's tokens and room: those that need the most memory first.
 
     A batch is as long as its longest prompt and its largest room, which may be of two rows and together more than the
-    network's positions: rows that have ended go on counting with the others.
+    network's positions: rows that have ended go on counting with the others. Where a network reads padding, a batch is
+    of prompts of one length.
     """
-    reach = positions(network)
+    reach, one_length = positions(network), reads_padding(network)
     batches: list[list[int]] = []
     longest = most = 0
-    for row in sorted(range(len(sizes)), key=lambda row: -sum(sizes[row])):
+    for row in sorted(range(len(sizes)), key=lambda row: (one_length and -sizes[row][0], -sum(sizes[row]))):
         tokens, room = sizes[row]
+        is_other = one_length and tokens != longest
         longest, most = max(longest, tokens), max(most, room)
-        if not batches or len(batches[-1]) == batch_size or longest + most > reach:
+        if not batches or len(batches[-1]) == batch_size or longest + most > reach or is_other:
             batches.append([])
             longest, most = tokens, room
         batches[-1].append(row)

@@ -205,6 +205,12 @@ def test_what_would_make_a_server_answer_otherwise_stays_off(
         ({"extra": ["-as", "2"]}, "-as may be short for -asc"),
         ({"extra": ["--max_lora", "1"]}, "--max-lora may be short for --max-loras.*in full"),
         ({"extra": ["--max-cpu", "1"]}, "--max-cpu may be short for --max-cpu-loras.*in full"),
+        *(
+            ({"extra": [word], "mode": mode}, rf"adapters of the first \({flag}\)\. Leave it out")
+            for word, flag in (("--enable_dbo", "--enable-dbo"), ("--ubatch-size=2", "--ubatch-size"))
+            for mode in ("shared", "folded")
+        ),
+        ({"extra": ["--enable-db"]}, "--enable-db may be short for --enable-dbo"),
         ({"adapters": {}}, "nothing to serve"),
         ({"adapters": {"../x": "a"}}, "cannot be served as a name"),
         ({"adapters": {"text": "a"}}, "'text' cannot be served as a name: vLLM would answer chats"),
@@ -230,6 +236,7 @@ def test_settings_that_are_refused(folder: Path, options: dict[str, Any], messag
             "--dtype",
         ),
         *("--distributed-executor-backend", "--data-parallel-size", "--data-parallel-backend", "--lora-modules"),
+        *("--tensor-parallel-size", "--enable-expert-parallel", "--enable-dbo", "--ubatch-size"),
     ],
 )
 def test_a_flag_that_is_read_is_written_out_in_full(flag: str) -> None:

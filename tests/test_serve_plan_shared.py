@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -161,6 +162,31 @@ def test_engines_of_a_mixture_of_experts_are_served_folded(
     assert dry_run({"a": tmp_path / "a"})["mode"] == "shared"
     assert dry_run({"a": tmp_path / "a"}, extra=["--data-parallel-size", "2"])["mode"] == "folded"
     assert "an idle engine drops its adapters" in caplog.text
+
+
+@pytest.mark.usefixtures("plugin")
+@pytest.mark.parametrize("mode", ["auto", "folded"])
+@pytest.mark.parametrize(("module", "is_split"), [("mlp.shared_expert.up_proj", True), ("self_attn.o_proj", False)])
+def test_a_shared_expert_that_would_see_a_part_of_the_tokens_is_refused(
+    module: str, is_split: bool, mode: str, tmp_path: Path
+) -> None:
+    """So it does with all three flags, on every rank, and stock vLLM takes the adapters of the first tokens for it."""
+    attention, experts = {"num_attention_heads": 4, "num_key_value_heads": 2}, {"num_experts": 4}
+    sizes = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    model = t.Qwen2MoeForCausalLM(t.Qwen2MoeConfig(**SIZES, **attention, **experts, **sizes))
+    save_adapter(save_base(model, tmp_path / "base"), model, tmp_path / "a", [f"model.layers.0.{module}"])
+    all_three = ["-tp=2", "-dp=2", "-ep"]
+    for extra in (*combinations(all_three, 2), ["-tp", "1", "-dp", "2", "-ep"]):
+        assert dry_run({"a": tmp_path / "a"}, mode=mode, extra=extra)["models"] == ["base", "a"]
+    for extra in (all_three, ["--tensor-parallel-size=2", "--data_parallel_size", "4", "--enable-expert-parallel"]):
+        if is_split:
+            message = (
+                rf"{module} would see a part of the tokens.*\(--enable-expert-parallel\)\. Leave it out, or --tens"
+            )
+            with pytest.raises(SettingsError, match=message):
+                dry_run({"a": tmp_path / "a"}, mode=mode, extra=extra)
+        else:
+            assert dry_run({"a": tmp_path / "a"}, mode=mode, extra=extra)["mode"] == "folded"
 
 
 @pytest.mark.usefixtures("plugin")

@@ -13,6 +13,8 @@ _SHORT_FLAGS = {  # of those that are read here
     "-asc": "--api-server-count",
     "-dp": "--data-parallel-size",
     "-dpb": "--data-parallel-backend",
+    "-ep": "--enable-expert-parallel",
+    "-tp": "--tensor-parallel-size",
 }
 # Given by this package, or they would put the server where it is not looked for.
 _OUR_FLAGS = {"--model", "--host", "--port", "--uds", "--lora-modules", "--ssl-keyfile", "--ssl-certfile"}
@@ -31,14 +33,16 @@ _REFUSED_FLAGS = {
         ("not a flag to hand to vLLM here", "Use the option of `lorasb serve`, or a reverse proxy for TLS and sockets"),
     ),
 }
+# With these vLLM computes a step in parts, and takes the adapters of its first tokens for each.
+_IN_PARTS = ("--enable-dbo", "--ubatch-size")
 # External KV caches that know a block by its tokens alone. vLLM takes their names in JSON, by flags of one key each,
 # and several at once (MultiConnector).
 _BY_TOKENS = re.compile("lmcache|hf3fs|flexkv|exampleconnector", re.IGNORECASE)
 _READ_FLAGS = {
     *_REFUSED_FLAGS,
     *_SHORT_FLAGS,
-    "--data-parallel-backend",
-    "--data-parallel-size",
+    *_SHORT_FLAGS.values(),
+    *_IN_PARTS,
     "--distributed-executor-backend",
     "--dtype",
     "--enable-sleep-mode",
@@ -81,11 +85,17 @@ def refuse_bad(extra: Sequence[str]) -> None:
             raise SettingsError(problem, where=flag, fix=fix)
 
 
-def refuse_caches_by_tokens(extra: Sequence[str]) -> None:
-    """Raise SettingsError for an external KV cache that does not tell one adapter's blocks from another's.
+def refuse_beside_adapters(extra: Sequence[str]) -> None:
+    """Raise SettingsError for what would answer a request from another's adapter.
 
-    vLLM's own (--kv-offloading-size) goes by the hashes of its prefix cache, which hold an adapter's name and path.
+    That is what computes a step in parts, and an external KV cache that does not tell one adapter's blocks from
+    another's. (vLLM's own, --kv-offloading-size, goes by the hashes of its prefix cache, which hold an adapter's name
+    and path.)
     """
+    given = values(extra)
+    if flag := next((flag for flag in _IN_PARTS if flag in given), None):
+        what = "vLLM would answer the second half of a step's tokens with the adapters of the first"
+        raise SettingsError(what, where=flag, fix="Leave it out")
     if any(_BY_TOKENS.search(word) for word in extra):
         what = "that KV cache goes by tokens, not by adapter: one would be answered from another's"
         fix = "Leave it out; --kv-offloading-size alone is safe"

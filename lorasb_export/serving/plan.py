@@ -156,7 +156,7 @@ def make_plan(
     require_choice("mode", mode, ServingMode)
     flags.refuse_bad(extra)
     if adapters:
-        flags.refuse_caches_by_tokens(extra)
+        flags.refuse_beside_adapters(extra)
     if updates_from is not None and not has_key:
         fix = "Set VLLM_API_KEY in the environment, or --api-key-file: who has the key may load adapters"
         raise SettingsError("updates need an API key", where="--allow-updates", fix=fix)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from itertools import takewhile
@@ -9,6 +10,7 @@ from itertools import takewhile
 from ..errors import SettingsError
 
 SERVED_NAMES = "--served-model-name"
+_GENERATION, _PENALTY = "--override-generation-config", "repetition_penalty"
 _SHORT_FLAGS = {  # of those that are read here
     "-asc": "--api-server-count",
     "-dp": "--data-parallel-size",
@@ -50,6 +52,7 @@ _READ_FLAGS = {
     "--kv-sharing-fast-prefill",
     "--max-cpu-loras",
     "--max-loras",
+    _GENERATION,
     SERVED_NAMES,
     "--shutdown-timeout",
 }
@@ -69,6 +72,25 @@ def served_names(extra: Sequence[str], own: str) -> list[str]:
         if flag == SERVED_NAMES:
             names = [value] if equals else list(takewhile(lambda word: not word.startswith("-"), extra[place + 1 :]))
     return names
+
+
+def without_penalty(extra: Sequence[str]) -> list[str]:
+    """Flags for behind `extra` that leave the base's repetition_penalty out; none where users name one, or give {}.
+
+    vLLM takes the last object that is given, and of what is given key by key (`…-config.top_k 5`) it makes the last.
+    """
+    given, none = values(extra), {_PENALTY: 1.0}
+    keys = [flag.replace("-", "_") for flag in given if flag.startswith(f"{_GENERATION}.")]
+    if keys:
+        return [] if any(key.endswith(f".{_PENALTY}") for key in keys) else [f"{_GENERATION}.{_PENALTY}", "1.0"]
+    if _GENERATION not in given:
+        return [_GENERATION, json.dumps(none)]
+    try:
+        own = json.loads(given[_GENERATION])
+    except ValueError:  # which vLLM refuses
+        return []
+    counts = not isinstance(own, dict) or not own or _PENALTY in own
+    return [] if counts else [_GENERATION, json.dumps(own | none)]
 
 
 def refuse_bad(extra: Sequence[str]) -> None:

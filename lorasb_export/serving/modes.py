@@ -19,7 +19,7 @@ from ..exporting.peft import write_folded
 from ..files.output import cannot_write, require_room
 from ..hub.fetch import ADAPTER_FILES, BASIS_FILES, resolve_folder
 from .shared import BASE_VARIABLE, BASIS_VARIABLE, FOLDED_VARIABLE, UPDATES_VARIABLE, VERSIONS_VARIABLE, runs_on_cpu
-from .shared.loading import copy_adapter, version_name
+from .shared.loading import copy_adapter, link_adapter, version_name
 
 _UPDATES = f"{__package__}.shared.updates.Updates"
 _PAUSE = 0.1  # seconds before an adapter that is being replaced is copied again
@@ -176,10 +176,9 @@ class Shared:
             for name, path in self._paths(folder).items():
                 source = self.adapters[name].folder
                 assert source is not None
-                if self.reads_again:  # what is trained anew or removed later is served as it was
-                    self._versions[name] = _copied(self.adapters[name], source, name, path)
-                else:
-                    path.symlink_to(source, target_is_directory=True)
+                # What is trained anew or removed later is served as it was.
+                links = not self.reads_again
+                self._versions[name] = _copied(self.adapters[name], source, name, path, links=links)
 
     def flags(self, folder: str | Path) -> list[str]:
         """Asked after `write`, which may have found another version of an adapter."""
@@ -226,8 +225,8 @@ class Shared:
         return {name: version_name(name, a.folder) for name, a in self.adapters.items() if a.folder is not None}
 
 
-def _copied(adapter: Adapter, source: Path, name: str, path: Path) -> str:
-    """Copy the adapter in `source` to `path`, or beside it, and return the name of its version.
+def _copied(adapter: Adapter, source: Path, name: str, path: Path, *, links: bool) -> str:
+    """Copy the adapter in `source` to `path`, or beside it, or link it there, and return the name of its version.
 
     One that was replaced since it was checked, as by a fit of every night, is taken as it is now.
 
@@ -236,7 +235,7 @@ def _copied(adapter: Adapter, source: Path, name: str, path: Path) -> str:
     """
     for tries_left in (2, 1, 0):
         try:
-            copy_adapter(source, path)
+            (link_adapter if links else copy_adapter)(source, path)
             version = version_name(name, path)
             if version != path.name:
                 if not _may_replace(adapter, path):

@@ -212,6 +212,13 @@ def test_without_the_key_nothing_answers_but_health_and_metrics(child: Child) ->
     assert status("post", "/invocations", "only-for-this-test") == 400  # it is asked, and the request is empty
 
 
+def test_what_vllm_runs_at_its_own_start_is_run(child: Child) -> None:
+    """Behind the middlewares. Where one raises, uvicorn says so in a line of its log, and goes on without it."""
+    log = (child.temporary / "log").read_text()
+    assert "Application startup complete" in log
+    assert "appears unsupported" not in log
+
+
 def test_a_page_that_has_its_name_point_to_this_machine_is_refused(child: Child) -> None:
     port = urlsplit(child.ready["url"]).port
     for host, status in ((f"localhost:{port}", 200), (f"evil.example:{port}", 403)):

@@ -182,17 +182,28 @@ def test_an_adapter_is_held_as_the_stack_holds_it(tmp_path: Path) -> None:
 
 
 def test_a_start_without_lorasb_serve_is_refused_what_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.config import CacheConfig, ParallelConfig
+
     from lorasb_export.serving.shared.manager import refuse_unsafe
 
     of_cache = SimpleNamespace(kv_sharing_fast_prefill=False)
-    config = SimpleNamespace(model_config=SimpleNamespace(enable_sleep_mode=False), cache_config=of_cache)
+    parallel = SimpleNamespace(use_ubatching=False, use_sequence_parallel_moe=False)
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(enable_sleep_mode=False), cache_config=of_cache, parallel_config=parallel
+    )
     refuse_unsafe(config)
     monkeypatch.setenv("VLLM_LORA_ENABLE_DUAL_STREAM", "1")
     with pytest.raises(SettingsError, match="VLLM_LORA_ENABLE_DUAL_STREAM is for stock LoRA"):
         refuse_unsafe(config)
-    of_cache.kv_sharing_fast_prefill = True
-    with pytest.raises(SettingsError, match="fewer tokens than have slots"):
-        refuse_unsafe(config)
+    for where, setting, flag in (
+        (parallel, "use_sequence_parallel_moe", "--enable-expert-parallel"),
+        (parallel, "use_ubatching", "--enable-dbo and --ubatch-size"),
+        (of_cache, "kv_sharing_fast_prefill", "--kv-sharing-fast-prefill"),
+    ):
+        assert setting in {*dir(ParallelConfig), *CacheConfig.__dataclass_fields__}  # as vLLM calls it
+        setattr(where, setting, True)
+        with pytest.raises(SettingsError, match=f"fewer tokens than have slots. Leave {flag} out"):
+            refuse_unsafe(config)
     config.model_config.enable_sleep_mode = True
     with pytest.raises(SettingsError, match="after vLLM's sleep"):
         refuse_unsafe(config)

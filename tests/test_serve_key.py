@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 
 from lorasb_export.errors import ArtifactError, SettingsError
-from lorasb_export.serving import launcher
+from lorasb_export.serving import launcher, shared
 from lorasb_export.serving.api_keys import api_key, as_variables, keys_in
 from lorasb_export.serving.launcher import running_server, serve
 from tests import serving
@@ -210,3 +211,22 @@ def test_without_a_key_a_page_that_has_its_name_point_to_this_machine_is_refused
     assert answered(AsksForLoopback(Response()), scope) == status
     assert answered(AsksForLoopback(Response()), {**scope, "headers": []}) == 200  # of HTTP/1.0, as health checks send
     assert answered(AsksForLoopback(Response()), {**scope, "type": "websocket"}) == status
+
+
+def test_what_runs_when_a_server_starts_and_ends_is_let_through(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one raises, uvicorn says that there is no such thing, and goes on without vLLM's."""
+    pytest.importorskip("starlette")
+    from lorasb_export.serving.key import AsksForKey, AsksForLoopback
+    from lorasb_export.serving.shared.updates import Updates
+
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
+    variables = (shared.BASIS_VARIABLE, shared.UPDATES_VARIABLE, shared.VERSIONS_VARIABLE, shared.BASE_VARIABLE)
+    for name in variables:
+        monkeypatch.setenv(name, str(folder / "a"))
+    scope: dict[str, Any] = {"type": "lifespan", "asgi": {"version": "3.0", "spec_version": "2.0"}, "state": {}}
+    receive, send = AsyncMock(), AsyncMock()
+    middlewares: list[Any] = [AsksForKey, AsksForLoopback, Updates]
+    for middleware in middlewares:
+        app = AsyncMock()
+        asyncio.run(middleware(app)(scope, receive, send))
+        app.assert_awaited_once_with(scope, receive, send)

@@ -64,6 +64,36 @@ def test_the_penalty_on_repetition_of_a_base_is_left_out_as_elsewhere(folder: Pa
     assert value_of(command, "--override-generation-config") == '{"repetition_penalty": 1.0}'
 
 
+@pytest.mark.parametrize(
+    ("given", "more"),
+    [
+        (['{"top_k": 5}'], ['{"top_k": 5, "repetition_penalty": 1.0}']),
+        (["{}", "--override_generation-config", '{"top_p": 0.5}'], ['{"top_p": 0.5, "repetition_penalty": 1.0}']),
+        (["{}"], []),  # asks for the base's
+        (['{"repetition_penalty": 1.3}'], []),
+        (['{"top_k": 5, "repetition_penalty": null}'], []),
+        *(([bad], []) for bad in ("{", "[1]", "5")),  # left to vLLM
+    ],
+)
+def test_other_parameters_of_the_users_do_not_bring_the_penalty_back(
+    folder: Path, tmp_path: Path, given: list[str], more: list[str]
+) -> None:
+    """Nor do they go: vLLM takes the last of these flags, and no more."""
+    base, flag = shutil.copytree(folder / "base", tmp_path / "base"), "--override-generation-config"
+    write_json(base / "generation_config.json", {"repetition_penalty": 1.1})
+    extra = [flag, *given]
+    command = dry_run({}, model=str(base), extra=extra)["command"]
+    assert command[command.index(flag) :] == [*extra, *([flag, *more] if more else [])]
+
+
+def test_the_penalty_is_left_out_beside_parameters_that_are_given_key_by_key() -> None:
+    """vLLM makes the last of these flags of them."""
+    flag, penalty = "--override-generation-config", "repetition_penalty"
+    assert flags.without_penalty([f"{flag}.top_k", "5"]) == [f"{flag}.{penalty}", "1.0"]
+    assert flags.without_penalty([flag, "{}", f"{flag}.top_k=5"]) == [f"{flag}.{penalty}", "1.0"]
+    assert flags.without_penalty([f"{flag}.{penalty}=1.3", f"{flag}.top_k=5"]) == []
+
+
 def test_a_cpu_without_instructions_for_16_bits_is_told_of_float32(
     folder: Path, vllm_for_cpus: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -205,6 +235,12 @@ def test_what_would_make_a_server_answer_otherwise_stays_off(
         ({"extra": ["-as", "2"]}, "-as may be short for -asc"),
         ({"extra": ["--max_lora", "1"]}, "--max-lora may be short for --max-loras.*in full"),
         ({"extra": ["--max-cpu", "1"]}, "--max-cpu may be short for --max-cpu-loras.*in full"),
+        *(
+            ({"extra": [word], "mode": mode}, rf"adapters of the first \({flag}\)\. Leave it out")
+            for word, flag in (("--enable_dbo", "--enable-dbo"), ("--ubatch-size=2", "--ubatch-size"))
+            for mode in ("shared", "folded")
+        ),
+        ({"extra": ["--enable-db"]}, "--enable-db may be short for --enable-dbo"),
         ({"adapters": {}}, "nothing to serve"),
         ({"adapters": {"../x": "a"}}, "cannot be served as a name"),
         ({"adapters": {"text": "a"}}, "'text' cannot be served as a name: vLLM would answer chats"),
@@ -230,6 +266,13 @@ def test_settings_that_are_refused(folder: Path, options: dict[str, Any], messag
             "--dtype",
         ),
         *("--distributed-executor-backend", "--data-parallel-size", "--data-parallel-backend", "--lora-modules"),
+        *(
+            "--override-generation-config",
+            "--tensor-parallel-size",
+            "--enable-expert-parallel",
+            "--enable-dbo",
+            "--ubatch-size",
+        ),
     ],
 )
 def test_a_flag_that_is_read_is_written_out_in_full(flag: str) -> None:

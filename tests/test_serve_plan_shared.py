@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from lorasb_export.adapter import Adapter
 from lorasb_export.basis import Basis
 from lorasb_export.errors import ArtifactError, OutputError, SettingsError
+from lorasb_export.files.kind import ADAPTER_FILES
 from lorasb_export.serving import choosing, copies, plan
 from lorasb_export.serving.modes import Shared
 from lorasb_export.serving.shared.loading import copy_adapter, load_R, version_name
@@ -164,6 +167,31 @@ def test_engines_of_a_mixture_of_experts_are_served_folded(
 
 
 @pytest.mark.usefixtures("plugin")
+@pytest.mark.parametrize("mode", ["auto", "folded"])
+@pytest.mark.parametrize(("module", "is_split"), [("mlp.shared_expert.up_proj", True), ("self_attn.o_proj", False)])
+def test_a_shared_expert_that_would_see_a_part_of_the_tokens_is_refused(
+    module: str, is_split: bool, mode: str, tmp_path: Path
+) -> None:
+    """So it does with all three flags, on every rank, and stock vLLM takes the adapters of the first tokens for it."""
+    attention, experts = {"num_attention_heads": 4, "num_key_value_heads": 2}, {"num_experts": 4}
+    sizes = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    model = t.Qwen2MoeForCausalLM(t.Qwen2MoeConfig(**SIZES, **attention, **experts, **sizes))
+    save_adapter(save_base(model, tmp_path / "base"), model, tmp_path / "a", [f"model.layers.0.{module}"])
+    all_three = ["-tp=2", "-dp=2", "-ep"]
+    for extra in (*combinations(all_three, 2), ["-tp", "1", "-dp", "2", "-ep"]):
+        assert dry_run({"a": tmp_path / "a"}, mode=mode, extra=extra)["models"] == ["base", "a"]
+    for extra in (all_three, ["--tensor-parallel-size=2", "--data_parallel_size", "4", "--enable-expert-parallel"]):
+        if is_split:
+            message = (
+                rf"{module} would see a part of the tokens.*\(--enable-expert-parallel\)\. Leave it out, or --tens"
+            )
+            with pytest.raises(SettingsError, match=message):
+                dry_run({"a": tmp_path / "a"}, mode=mode, extra=extra)
+        else:
+            assert dry_run({"a": tmp_path / "a"}, mode=mode, extra=extra)["mode"] == "folded"
+
+
+@pytest.mark.usefixtures("plugin")
 def test_a_second_stream_for_adapters_is_stock_vllms(
     siblings: dict[str, Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,7 +227,8 @@ def test_an_adapter_that_is_read_again_is_the_one_that_was_checked(
     second = served / version_name("second", siblings["second"])
     basis = Basis.load(folder / "a")
     before = load_R(second, basis)
-    assert second.is_symlink() != again  # where all are held none is read again, and none is copied
+    linked = [(second / file).samefile(siblings["second"] / file) for file in ADAPTER_FILES]
+    assert linked == [not again] * 2  # where all are held none is read again, and none is copied
     memory, one = made.describe()["memory"], len(MODULES) * 4 * 4 * 2
     copied = (
         sum(
@@ -219,6 +248,46 @@ def test_an_adapter_that_is_read_again_is_the_one_that_was_checked(
         shutil.rmtree(siblings["second"])
         assert any(str(second) in flag for flag in made.mode.flags(served))  # asked when it is gone
         assert torch.equal(load_R(second, basis).R, before.R)
+
+
+@pytest.mark.usefixtures("plugin")
+@pytest.mark.parametrize("in_cache", [False, True])
+def test_an_adapter_that_is_trained_anew_before_it_is_loaded_is_the_one_that_its_version_names(
+    folder: Path, siblings: dict[str, Path], tmp_path: Path, in_cache: bool
+) -> None:
+    """Or what is cached of one would answer for the other. In the Hub's cache the files are links."""
+    source, served = siblings["second"], tmp_path / "served"
+    served.mkdir()
+    if in_cache:
+        (tmp_path / "blobs").mkdir()
+        for file in source.iterdir():
+            file.rename(tmp_path / "blobs" / file.name)
+            file.symlink_to(Path("..", "blobs", file.name))
+    options: dict[str, Any] = {**DEFAULTS, "mode": "shared", "has_key": False}
+    made, second = plan.make_plan(siblings, **options), Adapter.load(source)
+    path = served / version_name("second", source)
+    made.mode.write(served)
+    if in_cache:
+        shutil.rmtree(tmp_path / "blobs")
+    else:
+        replace(second, R={name: R + 1 for name, R in second.R.items()}).save(source, overwrite=True)
+    assert f"second={path}" in made.command(served)
+    loaded = load_R(path, Basis.load(folder / "a"))
+    assert torch.equal(loaded.R, torch.stack([second.R[name] for name in loaded.names]) * second.scaling)
+
+
+@pytest.mark.usefixtures("plugin")
+def test_where_a_disk_has_no_hard_links_an_adapter_is_read_where_it_lies(
+    folder: Path, siblings: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the temporary folder is on another disk."""
+    monkeypatch.setattr(Path, "hardlink_to", Mock(side_effect=OSError(errno.EXDEV, "Invalid cross-device link")))
+    served = tmp_path / "served"
+    served.mkdir()
+    plan.make_plan(siblings, **{**DEFAULTS, "mode": "shared", "has_key": False}).mode.write(served)
+    path = served / version_name("second", siblings["second"])
+    assert all((path / file).samefile(siblings["second"] / file) for file in ADAPTER_FILES)
+    assert load_R(path, Basis.load(folder / "a")).names
 
 
 def planned_copies(siblings: dict[str, Path]) -> plan.ServePlan:

@@ -262,6 +262,23 @@ def test_a_load_is_answered_when_the_engine_dies_meanwhile(
     assert not models.lora_requests
 
 
+def test_the_copies_of_what_the_engine_refuses_are_removed_too(
+    adapter: Adapter, models: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing else changes: a client may send one after the other."""
+    app, config = logged_updates(tmp_path, monkeypatch), tmp_path / "a" / "adapter_config.json"
+    app.versions = Versions(tmp_path / "versions", seconds=0)
+    assert answered(app, scope_of(models), b'{"lora_name": "a"}') == 200
+    served = Path(models.lora_requests["a"].lora_path)
+    models.engine_client.errored = False
+    models.engine_client.add_lora.side_effect = RuntimeError("R has values beyond float16's")
+    for scaling in (0.25, 0.5, 0.75):
+        write_json(config, sealed(read_json(config) | {"scaling": scaling}))
+        assert answered(app, scope_of(models), b'{"lora_name": "a"}') == 400
+        refused = tmp_path / "versions" / version_name("a", tmp_path / "a")
+        assert {*(tmp_path / "versions").iterdir()} == {served, refused}
+
+
 def test_a_link_to_the_adapters_is_followed_at_each_load(
     adapter: Adapter, models: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,8 @@ from .shared import runs_on_cpu, why_unavailable
 logger = logging.getLogger(__name__)
 
 _OF_EXPERTS = re.compile(r"\.(experts|block_sparse_moe)\.")  # the latter alone in Granite's tensors
+# Modules that vLLM may give a part of a step's tokens, as the experts beside them: in Nemotron-H the latter too.
+_BESIDE_EXPERTS = re.compile(r"\.(shared_expert|fc\d_latent_proj)")
 _NOT_RUN = "the shared basis has not been run on an accelerator yet"
 
 
@@ -58,6 +60,15 @@ def _folded(adapters: Mapping[str, Adapter], extra: Sequence[str]) -> Mode:
     if loras is not None and loras <= len(adapters) and runs_on_cpu():
         fix = f"Give at least {len(adapters) + 1}: vLLM's CPU kernel would apply an adapter to the base's answers"
         raise SettingsError(f"--max-loras {loras} for {len(adapters)} adapters on a CPU", fix=fix)
+    given = flags.values(extra)
+    is_split = "--enable-expert-parallel" in given and all(
+        given.get(flag, "1") != "1" for flag in ("--tensor-parallel-size", "--data-parallel-size")
+    )
+    beside = (name for adapter in adapters.values() for name in adapter.R if _BESIDE_EXPERTS.search(name))
+    if is_split and (name := next(beside, None)):
+        what = f"of each step {name} would see a part of the tokens, with the adapters of its first ones"
+        fix = "Leave it out, or --tensor-parallel-size, or --data-parallel-size"
+        raise SettingsError(what, where="--enable-expert-parallel", fix=fix)
     return Folded(adapters, loras)
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from ..adapter import Adapter
 from ..errors import ArtifactError
-from .shared.loading import copy_adapter, version_name
+from .shared.loading import copy_adapter, link_adapter, version_name
 
 _PAUSE = 0.1  # seconds before an adapter that is being replaced is copied again
 
 
-def copied(adapter: Adapter, source: Path, name: str, path: Path) -> str:
-    """Copy the adapter in `source` to `path`, or beside it, and return the name of its version.
+def copied(adapter: Adapter, source: Path, name: str, path: Path, *, links: bool) -> str:
+    """Copy the adapter in `source` to `path`, or beside it, or link it there, and return the name of its version.
 
     One that was replaced since it was checked, as by a fit of every night, is taken as it is now.
 
@@ -23,7 +23,7 @@ def copied(adapter: Adapter, source: Path, name: str, path: Path) -> str:
     """
     for tries_left in (2, 1, 0):
         try:
-            copy_adapter(source, path)
+            (link_adapter if links else copy_adapter)(source, path)
             version = version_name(name, path)
             if version != path.name:
                 if not _may_replace(adapter, path):

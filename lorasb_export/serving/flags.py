@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from itertools import takewhile
@@ -9,10 +10,13 @@ from itertools import takewhile
 from ..errors import SettingsError
 
 SERVED_NAMES = "--served-model-name"
+_GENERATION, _PENALTY = "--override-generation-config", "repetition_penalty"
 _SHORT_FLAGS = {  # of those that are read here
     "-asc": "--api-server-count",
     "-dp": "--data-parallel-size",
     "-dpb": "--data-parallel-backend",
+    "-ep": "--enable-expert-parallel",
+    "-tp": "--tensor-parallel-size",
 }
 # Given by this package, or they would put the server where it is not looked for.
 _OUR_FLAGS = {"--model", "--host", "--port", "--uds", "--lora-modules", "--ssl-keyfile", "--ssl-certfile"}
@@ -31,14 +35,16 @@ _REFUSED_FLAGS = {
         ("not a flag to hand to vLLM here", "Use the option of `lorasb serve`, or a reverse proxy for TLS and sockets"),
     ),
 }
+# With these vLLM computes a step in parts, and takes the adapters of its first tokens for each.
+_IN_PARTS = ("--enable-dbo", "--ubatch-size")
 # External KV caches that know a block by its tokens alone. vLLM takes their names in JSON, by flags of one key each,
 # and several at once (MultiConnector).
 _BY_TOKENS = re.compile("lmcache|hf3fs|flexkv|exampleconnector", re.IGNORECASE)
 _READ_FLAGS = {
     *_REFUSED_FLAGS,
     *_SHORT_FLAGS,
-    "--data-parallel-backend",
-    "--data-parallel-size",
+    *_SHORT_FLAGS.values(),
+    *_IN_PARTS,
     "--distributed-executor-backend",
     "--dtype",
     "--enable-sleep-mode",
@@ -46,6 +52,7 @@ _READ_FLAGS = {
     "--kv-sharing-fast-prefill",
     "--max-cpu-loras",
     "--max-loras",
+    _GENERATION,
     SERVED_NAMES,
     "--shutdown-timeout",
 }
@@ -67,6 +74,25 @@ def served_names(extra: Sequence[str], own: str) -> list[str]:
     return names
 
 
+def without_penalty(extra: Sequence[str]) -> list[str]:
+    """Flags for behind `extra` that leave the base's repetition_penalty out; none where users name one, or give {}.
+
+    vLLM takes the last object that is given, and of what is given key by key (`…-config.top_k 5`) it makes the last.
+    """
+    given, none = values(extra), {_PENALTY: 1.0}
+    keys = [flag.replace("-", "_") for flag in given if flag.startswith(f"{_GENERATION}.")]
+    if keys:
+        return [] if any(key.endswith(f".{_PENALTY}") for key in keys) else [f"{_GENERATION}.{_PENALTY}", "1.0"]
+    if _GENERATION not in given:
+        return [_GENERATION, json.dumps(none)]
+    try:
+        own = json.loads(given[_GENERATION])
+    except ValueError:  # which vLLM refuses
+        return []
+    counts = not isinstance(own, dict) or not own or _PENALTY in own
+    return [] if counts else [_GENERATION, json.dumps(own | none)]
+
+
 def refuse_bad(extra: Sequence[str]) -> None:
     """Raise SettingsError for a flag that is not handed on, a word that is none, and what may be short for one."""
     if extra and not extra[0].startswith("-"):
@@ -81,11 +107,17 @@ def refuse_bad(extra: Sequence[str]) -> None:
             raise SettingsError(problem, where=flag, fix=fix)
 
 
-def refuse_caches_by_tokens(extra: Sequence[str]) -> None:
-    """Raise SettingsError for an external KV cache that does not tell one adapter's blocks from another's.
+def refuse_beside_adapters(extra: Sequence[str]) -> None:
+    """Raise SettingsError for what would answer a request from another's adapter.
 
-    vLLM's own (--kv-offloading-size) goes by the hashes of its prefix cache, which hold an adapter's name and path.
+    That is what computes a step in parts, and an external KV cache that does not tell one adapter's blocks from
+    another's. (vLLM's own, --kv-offloading-size, goes by the hashes of its prefix cache, which hold an adapter's name
+    and path.)
     """
+    given = values(extra)
+    if flag := next((flag for flag in _IN_PARTS if flag in given), None):
+        what = "vLLM would answer the second half of a step's tokens with the adapters of the first"
+        raise SettingsError(what, where=flag, fix="Leave it out")
     if any(_BY_TOKENS.search(word) for word in extra):
         what = "that KV cache goes by tokens, not by adapter: one would be answered from another's"
         fix = "Leave it out; --kv-offloading-size alone is safe"

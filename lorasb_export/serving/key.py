@@ -55,8 +55,11 @@ class AsksForLoopback:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":  # the start and the end of the server: nobody asks, and there are no headers
+            await self.app(scope, receive, send)
+            return
         host = _host(Headers(scope=scope))  # None of a health check: a browser sends it
-        allowed = scope["type"] == "lifespan" or host is None or _is_of_this_machine(host)
+        allowed = host is None or _is_of_this_machine(host)
         await (self.app if allowed else JSONResponse({"error": _NOT_LOOPBACK}, 403))(scope, receive, send)
 
 

@@ -149,10 +149,9 @@ class Shared:
             for name, path in self._paths(folder).items():
                 source = self.adapters[name].folder
                 assert source is not None
-                if self.reads_again:  # what is trained anew or removed later is served as it was
-                    self._versions[name] = copied(self.adapters[name], source, name, path)
-                else:
-                    path.symlink_to(source, target_is_directory=True)
+                # What is trained anew or removed later is served as it was.
+                links = not self.reads_again
+                self._versions[name] = copied(self.adapters[name], source, name, path, links=links)
 
     def flags(self, folder: str | Path) -> list[str]:
         """Asked after `write`, which may have found another version of an adapter."""

@@ -74,12 +74,13 @@ class ServePlan:
         command += ["--shutdown-timeout", str(DRAIN_SECONDS)]
         if any(self.base.folder.glob(_MISTRALS_OWN)):  # or vLLM would read those weights, and that config and tokenizer
             command += ["--config-format", "hf", "--tokenizer-mode", "hf", "--load-format", "hf"]
-        if _penalizes_repetition(self.base):  # as `evaluate` and ONNX leave it out: it was made for chats
-            command += ["--override-generation-config", '{"repetition_penalty": 1.0}']
         command += self.mode.flags(folder)
         if self.has_key:
             command += ["--middleware", _ASKS_FOR_KEY]  # behind the mode's own, and so asked before it
-        return [*command, *self.extra]
+        command += self.extra
+        if _penalizes_repetition(self.base):  # as `evaluate` and ONNX leave it out: it was made for chats
+            command += flags.without_penalty(self.extra)
+        return command
 
     def environment(self, folder: str | Path) -> dict[str, str]:
         """Variables for the server: the mode's, one of vLLM's, and some where the user has not set them."""
@@ -151,7 +152,7 @@ def make_plan(
     require_choice("mode", mode, ServingMode)
     flags.refuse_bad(extra)
     if adapters:
-        flags.refuse_caches_by_tokens(extra)
+        flags.refuse_beside_adapters(extra)
     if updates_from is not None and not has_key:
         fix = "Set VLLM_API_KEY in the environment, or --api-key-file: who has the key may load adapters"
         raise SettingsError("updates need an API key", where="--allow-updates", fix=fix)

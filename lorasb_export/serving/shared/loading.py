@@ -13,7 +13,7 @@ from ...basis import Basis
 from ...errors import ArtifactError
 from ...files.kind import ADAPTER_CONFIG, ADAPTER_FILES, ADAPTER_WEIGHTS
 from ...files.output import cannot_write
-from ...files.storage import read_header, read_json
+from ...files.storage import read_header, read_json, real
 from ...format import AGAIN, read_adapter_config
 
 
@@ -76,6 +76,20 @@ def copy_adapter(source: Path, target: Path) -> None:
                 what = f"cannot read the adapter: {error.strerror}"
                 raise ArtifactError(what, where=source / file, fix=fix) from None
             (target / file).write_bytes(content)
+
+
+def link_adapter(source: Path, target: Path) -> None:
+    """As `copy_adapter`, by hard links: what takes the place of `source` later is not seen.
+
+    Where the disk has none, as between two disks, by symbolic ones, through which it is.
+    """
+    with cannot_write(target, "Set TMPDIR to a larger disk"):
+        target.mkdir()
+        for file in ADAPTER_FILES:
+            try:
+                (target / file).hardlink_to(real(source / file))  # not to a link, as files in the Hub's cache are
+            except OSError:
+                (target / file).symlink_to(source / file)
 
 
 def version_name(name: str, folder: Path) -> str:

@@ -171,8 +171,13 @@ def refuse_unsafe(vllm_config: Any) -> None:
     if vllm_config.model_config.enable_sleep_mode:
         fix = "Leave --enable-sleep-mode out"
         raise SettingsError("after vLLM's sleep of level 2 a shared basis is not loaded again", fix=fix)
-    if vllm_config.cache_config.kv_sharing_fast_prefill:
-        fix = "Leave --kv-sharing-fast-prefill out"
-        raise SettingsError("some layers would see fewer tokens than have slots", fix=fix)
+    parallel = vllm_config.parallel_config
+    for flags, is_given in (
+        ("--kv-sharing-fast-prefill", vllm_config.cache_config.kv_sharing_fast_prefill),
+        ("--enable-dbo and --ubatch-size", parallel.use_ubatching),
+        ("--enable-expert-parallel", parallel.use_sequence_parallel_moe),
+    ):
+        if is_given:
+            raise SettingsError("some layers would see fewer tokens than have slots", fix=f"Leave {flags} out")
     if envs.VLLM_LORA_ENABLE_DUAL_STREAM:
         raise SettingsError("VLLM_LORA_ENABLE_DUAL_STREAM is for stock LoRA", fix="Unset it")

@@ -89,8 +89,11 @@ class Updates:
             return 200, {"message": f"loaded {name}", "version": path.name}
         # A new id each time: what runs goes on with the version it began with, which ages out of the engine.
         request = LoRARequest(name, models.lora_id_counter.inc(1), str(path))
-        await _add(models.engine_client, request)
-        models.lora_requests[name] = request
+        try:
+            await _add(models.engine_client, request)
+            models.lora_requests[name] = request
+        finally:  # the copy of one that is refused goes too, an hour later
+            await self._sweep(models)
         if before is None:
             logger.info("loaded %s: version %s", name, path.name)
         else:
@@ -98,7 +101,6 @@ class Updates:
         for words in told - self._warned:  # once for a name, not every night that brings a new version
             logger.warning(words)
         self._warned |= told
-        await self._sweep(models)
         return 200, {"message": f"loaded {name}", "version": path.name}
 
     async def _unload(self, models: Any, body: dict[str, str]) -> tuple[int, dict[str, str]]:

@@ -214,7 +214,8 @@ def _marked(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) -> _Writ
     told: Any = {**tokenizer.special_tokens_map, **fixed_date(tokenizer, chat.tools), "tools": chat.tools}
     rendered: Any = render_jinja_template([chat.turns], return_assistant_tokens_mask=True, **told)
     (text,), (spans,) = rendered
-    (seen,), _ = render_jinja_template([chat.turns], **told | {"chat_template": _seen(told["chat_template"])})
+    rendered = render_jinja_template([chat.turns], **told | {"chat_template": _seen(told["chat_template"])})
+    (seen,), _ = rendered
     starts = [found.start() - before for before, found in enumerate(re.finditer(_MARK, seen))]
     if seen.replace(_MARK, "") != text or starts != [start for start, _ in spans]:
         fix = "Let the template write {% generation %} outside of macros, {% set %} and {% filter %}"

@@ -24,7 +24,9 @@ def run(
     tasks_dir: Annotated[
         str | None,
         typer.Option(
-            "--tasks-dir", metavar="DIR", help="Each folder with rows in it is a task, and each .jsonl or .csv file."
+            "--tasks-dir",
+            metavar="DIR",
+            help="Make a task of each folder with rows, and of each .jsonl or .csv file, in DIR.",
         ),
     ] = None,
     as_published: Annotated[
@@ -35,7 +37,7 @@ def run(
         ),
     ] = False,
     add: Annotated[
-        bool, typer.Option("--add", help="Put the tasks that an existing file lacks at its end; all else in it stays.")
+        bool, typer.Option("--add", help="Append missing tasks to an existing file; leave the rest unchanged.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:

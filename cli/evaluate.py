@@ -16,8 +16,9 @@ from .verb import Run
 from .words import FORMS, low_scores, score, spelled_out
 
 INTERRUPTED = (
-    "The figures of finished adapters are in their cards: go on with --resume. (None are of --data, --limit, --split "
-    "train or --dtype nf4.) With --predictions, what is done is in its file: name the other adapters, and another file."
+    "Finished adapters have their scores in their cards: continue with --resume. (With --data, --limit, --split train "
+    "or --dtype nf4 no card is written. With --predictions, finished rows are in its file: name the remaining adapters "
+    "and another file.)"
 )
 
 SAVES_MEMORY = ("a smaller --batch-size", "--dtype bfloat16")

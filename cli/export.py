@@ -16,8 +16,8 @@ from .verb import Run
 from .words import FORMS, spelled_out
 
 INTERRUPTED = (
-    "What was being written is not there; with {name} in --out the folders before it are: name the adapters that are "
-    "left."
+    "The unfinished folder was discarded. With {name} in --out, earlier folders are complete: run again with the "
+    "remaining adapters."
 )
 
 
@@ -42,7 +42,7 @@ def run(
         str | None,
         typer.Option(
             metavar="DIR",
-            help="Add to this onnx-adapters export; where none is named, what it lacks or has changed since.",
+            help="Add to this onnx-adapters export. Without ADAPTER: all that are new or changed.",
         ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Base model, if it has moved since training.")] = None,
@@ -58,8 +58,8 @@ def run(
         bool | None,
         typer.Option(
             "--verify/--no-verify",
-            help="Compare with the adapter in torch: an ONNX graph, of many adapters the first 32 (not bf16); or "
-            "PEFT's logits, which needs the base in fp32.  [default: yes for a graph, no for peft]",
+            help="Compare with torch: an ONNX graph (at most 32 adapters; not bf16), or PEFT's logits (loads the base "
+            "in fp32).  [default: yes for a graph, no for peft]",
         ),
     ] = None,
     data: Annotated[

@@ -29,7 +29,7 @@ def run(
         typer.Option(metavar="FILE", help="Ask each row of a file: JSON lines or CSV, of `prompt` or `messages`."),
     ] = None,
     system: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="System message before what is asked, where it has none itself.")
+        str | None, typer.Option(metavar="TEXT", help="System message, for prompts that have none of their own.")
     ] = None,
     adapters: Annotated[
         str | None,

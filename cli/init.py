@@ -37,7 +37,7 @@ def run(
         ),
     ] = False,
     add: Annotated[
-        bool, typer.Option("--add", help="Put the tasks that an existing file lacks at its end; all else in it stays.")
+        bool, typer.Option("--add", help="Append missing tasks to an existing file; leave the rest unchanged.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:

@@ -38,7 +38,7 @@ def run(
         bool, typer.Option("--verify", help="Compare every file with SHA256SUMS, which a push publishes beside them.")
     ] = False,
 ) -> None:
-    """Say what a folder is, what a project has, or what rows teach. Kind, rank, modules, hashes; token counts."""
+    """Describe a folder, a project, or how rows are tokenized. Kind, rank, modules, hashes; token counts."""
     if path is None and verify:
         raise typer.BadParameter("--verify is for one folder: name it")
     if model is not None and data is None:

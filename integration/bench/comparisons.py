@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from integration.evidence.best import Best, Identity, Line, changed, identity
@@ -61,10 +61,15 @@ def small_lora(found: Mapping[tuple[str, str], dict[str, Any]]) -> str:
     tasks: dict[str, list[str]] = {}
     for task in LEARNT:
         of = found.get(("LoRA r=2", task))
-        state = "has not been run" if of is None else "is in the tables" if of["closed"] else "has a search not ended"
-        tasks.setdefault(state, []).append(task)
-    there = "; ".join(f"{state} on {', '.join(of)}" for state, of in tasks.items())
-    return f"* **LoRA of our size:** r = 2, with a quarter of r = 8's parameters, {there}."
+        ended = "it is in the tables" if of and of["closed"] else "its rate search has not ended"
+        tasks.setdefault(ended if of else "it was not run", []).append(task)
+    there = "; ".join(f"on {_in_a_row(of)} {state}" for state, of in tasks.items())
+    return f"* **LoRA of our size:** r = 2 has a quarter of r = 8's parameters; {there}."
+
+
+def _in_a_row(words: Sequence[str]) -> str:
+    """a, b and c."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def rate_steps(best: Mapping[Identity, Best]) -> str:

@@ -87,6 +87,7 @@ def run(
     from lorasb_export.names import ours_in
 
     words = spelled_out(adapter or (), partial(ours_in, run.project.adapters_folder))
+    named = [run.project.find_adapter(word) for word in words]
     format = "onnx-adapters" if into is not None else format or "peft"
     from lorasb_export.project.export import Export  # only now: it brings torch
 
@@ -100,10 +101,10 @@ def run(
         verify=verify,
         data=data,
         max_drop=max_drop,
-        overwrite=overwrite or (into is not None and not words),  # all that is asked for: what has changed too
+        overwrite=overwrite or (into is not None and not named),  # all that is asked for: what has changed too
         routed=routed,
     )
-    folders, failed = asked.adapters(words)
+    folders, failed = (named, {}) if named else asked.adapters()
     if asked.is_one_each:
         _each(run, asked.write_each(folders), failed)
         return

@@ -155,17 +155,17 @@ class Export:
         """Whether each adapter goes into a folder of its own."""
         return PLACE in self.out and not self.adds
 
-    def adapters(self, words: Sequence[str]) -> tuple[list[str], dict[str, LoraSBError]]:
-        """The adapters that are named. Where none is: all of the project, or its first task's, if `out` takes only one.
+    def adapters(self) -> tuple[list[str], dict[str, LoraSBError]]:
+        """Where none is named: all of the project, or its first task's, if `out` takes only one.
 
         Returns:
             their folders or Hub ids; and, of all for one graph, the problems that `adapters_to_export` found.
 
         Raises:
-            SettingsError: there is no adapter, or none of that name; or as `adapters_to_export`.
+            SettingsError: there is no adapter; or as `adapters_to_export`.
         """
-        if words or not (self.is_one_each or self.format == "onnx-adapters"):
-            return [self.project.find_adapter(word) for word in words or (None,)], {}
+        if not (self.is_one_each or self.format == "onnx-adapters"):
+            return [self.project.find_adapter(None)], {}
         if not self.is_one_each:
             return adapters_to_export(self.project, expanded(self.out) if self.adds else None)
         return [str(self.project.adapter_folder(name)) for name in _names(self.project)], {}

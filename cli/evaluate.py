@@ -17,8 +17,8 @@ from .words import FORMS, low_scores, score, spelled_out
 
 INTERRUPTED = (
     "Finished adapters have their scores in their cards: continue with --resume. (With --data, --limit, --split train "
-    "or --dtype nf4 no card is written. With --predictions, finished rows are in its file: name the remaining adapters "
-    "and another file.)"
+    "or --dtype nf4 no card is written. With --predictions, the rows of finished adapters are in its file: name the "
+    "remaining adapters and another file.)"
 )
 
 SAVES_MEMORY = ("a smaller --batch-size", "--dtype bfloat16")

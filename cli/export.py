@@ -16,8 +16,8 @@ from .verb import Run
 from .words import FORMS, spelled_out
 
 INTERRUPTED = (
-    "The unfinished folder was discarded. With {name} in --out, earlier folders are complete: run again with the "
-    "remaining adapters."
+    "Nothing unfinished is left; what was there before is as it was. With {name} in --out, earlier folders are "
+    "complete: run again with the remaining adapters."
 )
 
 

@@ -56,6 +56,7 @@ class Adapter:
         folder: where its files are; for an adapter from the Hub, a cache folder that must not be modified.
         basis: its basis, where it is loaded (`load_basis`). Give several adapters the same, and it is held once.
         hub_source: of one from the Hub, `owner/name@commit`.
+        as_loaded: set by `load`, by which `save` finds out whether R has changed.
     """
 
     base: BaseRef

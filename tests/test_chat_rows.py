@@ -108,6 +108,7 @@ _TURN = MARKED.partition("%}")[2].partition("{% endfor")[0]
         f"{{% set said %}}{MARKED}{{% endset %}}{{{{ said }}}}",
         f"{{% filter trim %}}{MARKED}{{% endfilter %}}",
         "{% set said %}{% generation %} {{ messages[1]['content'] }}{% endgeneration %}{% endset %}{{ said | trim }}",
+        "{% set said %}{% generation %}{{ messages[1]['content'] }} {% endgeneration %}{% endset %}{{ said | trim }}!",
     ],
 )
 def test_marks_whose_place_transformers_gets_wrong_are_refused(template: str, llama: Path) -> None:
@@ -128,13 +129,22 @@ def test_marks_may_be_in_a_macro_that_writes_nothing_before_them(llama: Path) ->
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize(("left", "right"), [("", ""), ("-", "-"), ("", "-"), ("-", "")])
+@pytest.mark.parametrize(("left", "right"), [("", ""), ("-", "-"), ("", "-"), ("-", ""), ("+", "+")])
 def test_marks_take_the_white_space_that_jinja_has_them_take(left: str, right: str, llama: Path) -> None:
     tokenizer = BaseModel.resolve(llama).tokenizer
     tokenizer.chat_template = re.sub(r"{% ((end)?generation) %}", rf"\n  {{%{left} \1 {right}%}}\n  ", MARKED)
     (encoded,) = encode([CHAT], tokenizer, CAUSAL_LM, [], 64)
     text = tokenizer.apply_chat_template(CHAT["messages"], tokenize=False)
     assert encoded["input_ids"] == tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_what_is_no_character_may_be_said(llama: Path) -> None:
+    tokenizer = BaseModel.resolve(llama).tokenizer
+    tokenizer.chat_template = MARKED
+    turns = [{"role": role, "content": "a\ufdd0b"} for role in ("user", "assistant")]
+    (encoded,) = encode([{"messages": turns}], tokenizer, CAUSAL_LM, [], 64)
+    (without,) = encode([{"messages": [turn | {"content": "ab"} for turn in turns]}], tokenizer, CAUSAL_LM, [], 64)
+    assert [label == IGNORE for label in encoded["labels"]] == [label == IGNORE for label in without["labels"]]
 
 
 @pytest.mark.parametrize("line_break", ["", "\n"])

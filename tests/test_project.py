@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from lorasb_export import names
 from lorasb_export.errors import SettingsError
+from lorasb_export.project import project as project_module
 from lorasb_export.project.project import Project
 from lorasb_export.project.starts import Starts
 
@@ -160,7 +161,8 @@ def test_an_adapter_is_found_without_listing_thousands(tmp_path: Path, monkeypat
     (tmp_path / "adapters" / ".b").mkdir()
     (tmp_path / "adapters" / ".b" / "adapter_config.json").touch()
     monkeypatch.chdir(tmp_path / "adapters")
-    monkeypatch.delattr(names, "adapters_in")
+    for module in (names, project_module):
+        monkeypatch.setattr(module, "adapters_in", lambda _: pytest.fail("listed"))
     assert project.find_adapter("a") == str(project.adapter_folder("a"))
     assert [project.find_adapter(word) for word in ("./a", ".b")] == ["a", ".b"]  # paths, not names
 
@@ -170,7 +172,8 @@ def test_tasks_without_an_adapter_to_start_from_are_told_without_listing_thousan
 ) -> None:
     project = unfitted(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(names, "adapters_in", lambda _: pytest.fail("listed"))
+    for module in (names, project_module):
+        monkeypatch.setattr(module, "adapters_in", lambda _: pytest.fail("listed"))
     with pytest.raises(SettingsError, match="no task has an adapter to start from"):
         Starts(project, "{name}-v1", {name: project.adapter_folder(name) for name in project.tasks})
 

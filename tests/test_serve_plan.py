@@ -228,6 +228,7 @@ def test_what_would_make_a_server_answer_otherwise_stays_off(
         ({"extra": ["--api-ke", "s3cret"]}, "--api-ke may be short for --api-key"),
         ({"extra": ["--shutdown", "9"]}, "--shutdown may be short for --shutdown-timeout"),
         ({"extra": ["--por=9000"]}, "--por may be short for --port"),
+        ({"extra": ["--override-generation-conf.top_k=5"]}, "may be short for --override-generation-config"),
         ({"extra": ["--api-server-count", "2"]}, "ignores it"),
         ({"extra": ["--lora-target-modules", "q_proj"]}, "leave out a part of each adapter in silence"),
         ({"extra": ["--lora-dtype=bfloat16"]}, "Use the option --dtype"),

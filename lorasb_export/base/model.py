@@ -21,7 +21,7 @@ from ..hub.ids import parse_hub_id
 from .device import check_dtype, default_device
 from .network import auto_class, empty_network, mend_defaults, read_network
 from .side_files import FETCHED, FETCHED_TEXTS, LOOKED_AT_FIRST, NOT_FETCHED
-from .supported import architecture, check_supported, generates, refuse_merged
+from .supported import architecture, check_supported, generates, refuse_merged, why_it_does_not
 from .tensors import checkpoint_tensors, possible_keys
 from .tokenizer import padded_tokenizer
 
@@ -187,10 +187,11 @@ class BaseModel:
             )
 
     def require_task(self, task_type: str) -> None:
-        """Raise BaseModelError for an encoder that is asked to generate."""
+        """Raise BaseModelError for what does not generate and is asked to."""
         if task_type == CAUSAL_LM and not self.generates:
+            name = architecture(self.config) or self.config["model_type"]
             raise BaseModelError(
-                f"{architecture(self.config) or self.config['model_type']} does not generate text",
+                f"{name} does not generate text{why_it_does_not(self.config)}",
                 where=self.folder,
                 fix="Use a causal language model for prompt/completion data, or text/label data with this one",
             )
@@ -215,7 +216,7 @@ class BaseModel:
                 size, it is drawn with `seed`; the global RNG is untouched.
 
         Raises:
-            BaseModelError: an encoder asked to generate; a weight the checkpoint lacks; whatever transformers
+            BaseModelError: it is asked to generate and does not; a weight the checkpoint lacks; whatever transformers
                 raises on files that contradict each other.
             SettingsError: unknown `dtype`, or one the device does not support; or `nf4` of a base in float64.
             MissingPackageError: `nf4` without bitsandbytes.
@@ -251,8 +252,8 @@ class BaseModel:
         """As `load`, but with parameters that take no memory; its buffers are as the network makes them.
 
         Raises:
-            BaseModelError: an encoder asked to generate; whatever transformers raises on a config.json that contradicts
-                itself.
+            BaseModelError: it is asked to generate and does not; whatever transformers raises on a config.json that
+                contradicts itself.
         """
         self.require_task(task_type)
         wanted = None if dtype in ("auto", NF4) else dtype

@@ -40,8 +40,8 @@ _ENCODERS = {
 
 
 def check_supported(config: Mapping[str, Any], folder: Path) -> None:
-    """Raise BaseModelError for a base that is quantized, takes more than text, neither generates nor classifies, or of
-    which transformers would load other weights than those that are checked."""
+    """Raise BaseModelError for a base that is quantized, takes more than text, neither generates nor classifies, of a
+    type whose network does not do, or of which transformers would load other weights than those that are checked."""
     _check_types(config, folder)
     if config.get("transformers_weights") is not None:
         raise BaseModelError(
@@ -98,12 +98,19 @@ def generates(config: Mapping[str, Any]) -> bool:
     return config["model_type"] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
+def why_it_does_not(config: Mapping[str, Any]) -> str:
+    """Where `generates` is false though the name of the class says otherwise: the reason, else nothing."""
+    if config.get("model_type") in _ENCODERS:
+        return ": transformers' network answers otherwise than it is trained"
+    return ": by its config.json its tokens see those that follow" if _sees_what_follows(config) else ""
+
+
 def _sees_what_follows(config: Mapping[str, Any]) -> bool:
     """Whether a token's logits are made of the tokens after it, which in training are its labels."""
     if config.get("model_type") in _DECODERS_IF_SET and not config.get("is_decoder"):
         return True
     # Models of embeddings, under the name of the decoder that they were made from.
-    return config.get("is_causal") is False or config.get("use_bidirectional_attention") in (True, "all")
+    return not config.get("is_causal", True) or config.get("use_bidirectional_attention") in (True, "all")
 
 
 def refuse_merged(folder: Path) -> None:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 OPENED_THOUGHTS = re.compile(r"<[\w:]*(think|thought|reason)\w*>(?=\s*$)")  # at the end of a question
 _UNTOLD = "the chat template does not tell where the assistant's words begin and end"
-_STARTS, _ENDS = re.compile(r"(\{%-?\s*generation\s*)(-?%\})"), re.compile(r"(\{%-?\s*)(endgeneration\s*-?%\})")
-_MARK = "\ufdd0"  # no character
+_STARTS = re.compile(r"(\{%[-+]?\s*generation\s*)([-+]?%\})")
+_ENDS = re.compile(r"(\{%[-+]?\s*)(endgeneration\s*[-+]?%\})")
 # A macro of the name of transformers' function, which it takes no other for. The expression at its end is nothing: a
 # line break after a block would be left out.
 _DATES = "".join(f"|replace('%{code}', '{date(2024, 7, 26):%{code}}')" for code in ("-d", "-m", *"aAbBdejmyYHIMSp"))
@@ -214,18 +214,22 @@ def _marked(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) -> _Writ
     told: Any = {**tokenizer.special_tokens_map, **fixed_date(tokenizer, chat.tools), "tools": chat.tools}
     rendered: Any = render_jinja_template([chat.turns], return_assistant_tokens_mask=True, **told)
     (text,), (spans,) = rendered
-    rendered = render_jinja_template([chat.turns], **told | {"chat_template": _seen(told["chat_template"])})
+    mark = next(sign for sign in map(chr, range(0xFDD0, 0xFDF0)) if sign not in text)  # they are no characters
+    rendered = render_jinja_template([chat.turns], **told | {"chat_template": _seen(told["chat_template"], mark)})
     (seen,), _ = rendered
-    starts = [found.start() - before for before, found in enumerate(re.finditer(_MARK, seen))]
-    if seen.replace(_MARK, "") != text or starts != [start for start, _ in spans]:
+    places = [found.start() - before for before, found in enumerate(re.finditer(mark, seen))]
+    if seen.replace(mark, "") != text or places != [place for span in spans for place in span]:
         fix = "Let the template write {% generation %} outside of macros, {% set %} and {% filter %}"
         raise DataError(_UNTOLD, where=where, fix=fix)
     return text, spans
 
 
-def _seen(template: str) -> str:
-    """With _MARK before what each {% generation %} encloses. New tags stand where its own take white space away."""
-    return _ENDS.sub(r"\1endfilter %}{% \2", _STARTS.sub(rf"\1%}}{{% filter replace('', '{_MARK}', 1) \2", template))
+def _seen(template: str, mark: str) -> str:
+    """With `mark` on both sides of what each {% generation %} encloses. New tags stand where its own take white space
+    away."""
+    first = f"replace('', '{mark}', 1)"
+    opened = _STARTS.sub(rf"\1%}}{{% filter {first}|reverse|{first}|reverse \2", template)
+    return _ENDS.sub(r"\1endfilter %}{% \2", opened)
 
 
 def _bounded(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) -> _Written:

@@ -61,7 +61,8 @@ def generate_ids(
 
 
 def _batches(sizes: Sequence[tuple[int, int]], batch_size: int, network: PreTrainedModel) -> list[list[int]]:
-    """Which rows to answer at once, of each one's tokens and room: those that need the most memory first.
+    """Which rows to answer at once, of each one's tokens and room: those that need the most memory first, or, of
+    a network that reads padding, the longest prompts.
 
     A batch is as long as its longest prompt and its largest room, which may be of two rows and together more than the
     network's positions: rows that have ended go on counting with the others. Where a network reads padding, a batch is

@@ -100,7 +100,8 @@ def refuse_bad(extra: Sequence[str]) -> None:
         raise SettingsError(f"{extra[0]!r} is not a flag to hand to vLLM", fix=fix)
     given = values(extra)
     for flag in given:  # vLLM takes abbreviations, and they would pass unread
-        if whole := next((known for known in sorted(_READ_FLAGS - {flag}) if known.startswith(flag)), None):
+        begun = flag.partition(".")[0]  # of --flag.key=value
+        if whole := next((known for known in sorted(_READ_FLAGS - {begun}) if known.startswith(begun)), None):
             raise SettingsError(f"{flag} may be short for {whole}", fix="Write vLLM's flags out in full")
     for flag, (problem, fix) in _REFUSED_FLAGS.items():
         if flag in given:

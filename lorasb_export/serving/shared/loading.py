@@ -72,9 +72,7 @@ def copy_adapter(source: Path, target: Path) -> None:
             try:
                 content = (source / file).read_bytes()
             except OSError as error:
-                fix = "Check who may read it, and that it is not being replaced"
-                what = f"cannot read the adapter: {error.strerror}"
-                raise ArtifactError(what, where=source / file, fix=fix) from None
+                raise _unreadable(source / file, error) from None
             (target / file).write_bytes(content)
 
 
@@ -88,8 +86,15 @@ def link_adapter(source: Path, target: Path) -> None:
         for file in ADAPTER_FILES:
             try:
                 (target / file).hardlink_to(real(source / file))  # not to a link, as files in the Hub's cache are
+            except FileNotFoundError as error:
+                raise _unreadable(source / file, error) from None
             except OSError:
                 (target / file).symlink_to(source / file)
+
+
+def _unreadable(path: Path, error: OSError) -> ArtifactError:
+    fix = "Check who may read it, and that it is not being replaced"
+    return ArtifactError(f"cannot read the adapter: {error.strerror}", where=path, fix=fix)
 
 
 def version_name(name: str, folder: Path) -> str:

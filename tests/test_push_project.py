@@ -84,7 +84,7 @@ def test_an_error_that_all_would_meet_ends_the_push(
             raise error
         return {"repo": folder.name}
 
-    monkeypatch.setattr("lorasb_export.project.push.push_one", push)
+    monkeypatch.setattr("lorasb_export.project.push.push", push)
     found: dict[str, Any] = {}
     with pytest.raises(type(error)) if pushed == 2 else nullcontext():
         found.update(push_project(Project(tmp_path), "me/{name}"))

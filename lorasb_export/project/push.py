@@ -19,7 +19,7 @@ from ..hub.ids import ADAPTERS, BASES, BASIS
 from ..names import PLACE, adapters_in, ours_in
 from ..publishing.folder_card import Licences
 from ..publishing.project_repository import push_parts
-from ..publishing.push import push_one
+from ..publishing.push import push
 from ..publishing.repository import is_of_one
 from .project import Project
 
@@ -143,7 +143,7 @@ def push_folder(
     if undecided and (basis := _local_basis(folder)):
         basis_repo = repo.replace(PLACE, _name(project, basis))
     target = repo.replace(PLACE, _name(project, folder))
-    return push_one(folder, target, with_basis=with_basis, basis_repo=basis_repo, **options)
+    return push(folder, target, with_basis=with_basis, basis_repo=basis_repo, **options)
 
 
 def _name(project: Project, folder: Path) -> str:

@@ -33,7 +33,9 @@ def push(
     message: str | None = None,
     basis_repo: str | None = None,
     with_basis: bool = False,
+    basis_to_come: bool = False,
     dry_run: bool = False,
+    licences: Licences | None = None,
 ) -> dict[str, Any]:
     """Make a repository on the Hub equal to one of our folders, with its card, in one commit.
 
@@ -50,7 +52,9 @@ def push(
         basis_repo: `owner/name[@revision]` that holds this adapter's basis. Without a revision: the branch that the
             adapter goes to, if there is one of that name, else main.
         with_basis: upload the adapter's basis inside the adapter's repository.
+        basis_to_come: in a dry run do not look for that basis: it is pushed before the adapter.
         dry_run: only plan. Reads the Hub where it can be reached, writes nothing.
+        licences: what was asked for other folders of one base; give several pushes the same.
 
     Returns:
         repo, url, kind, private, files [{path, bytes, change: "added", "changed" or "same"}], deleted, bytes (of all
@@ -65,39 +69,6 @@ def push(
         OutputError: the repository is public, renamed, or holds another kind of artifact; or its card and the
             folder's were both edited: nothing was written.
         ServerError: somebody else committed meanwhile, or the Hub refuses, fails or cannot be reached.
-    """
-    return push_one(
-        folder,
-        repo,
-        public=public,
-        revision=revision,
-        create_pr=create_pr,
-        message=message,
-        basis_repo=basis_repo,
-        with_basis=with_basis,
-        dry_run=dry_run,
-    )
-
-
-def push_one(
-    folder: str | Path,
-    repo: str,
-    *,
-    public: bool = False,
-    revision: str | None = None,
-    create_pr: bool = False,
-    message: str | None = None,
-    basis_repo: str | None = None,
-    with_basis: bool = False,
-    dry_run: bool = False,
-    basis_to_come: bool = False,
-    licences: Licences | None = None,
-) -> dict[str, Any]:
-    """As `push`, of several folders one after another.
-
-    Args:
-        basis_to_come: in a dry run do not look for the adapter's basis: it is pushed before.
-        licences: what was asked for other folders of one base; give several pushes the same.
     """
     folder = absolute(folder)
     kind = outgoing.pushed_kind(folder)

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from integration.bench import basis, quality
 from integration.bench.basis_tables import comparable, correlation, equal_rates, pairs
 from integration.bench.comparisons import between, draws, four_bits, rate_steps, small_lora, unlisted
-from integration.bench.method_tables import by_method, longer, marked, methods_table, settled, sharing
+from integration.bench.method_tables import by_method, longer, marked, methods_table, metric, settled, sharing
 from integration.bench.method_tables import loss as shown_loss
 from integration.bench.report import known, pages, with_tables
 from integration.bench.tradeoff import family
@@ -224,6 +224,11 @@ def test_no_difference_is_clear_on_a_task_that_is_not_learnt_or_before_the_searc
     assert shown_loss({**of, "task": "e2e", "closed": True}) == "1.000 (+0.500 ± 0.000 †)"
     assert shown_loss({**of, "task": "e2e", "closed": False}) == "1.000 (+0.500 ± 0.000) *"
     assert shown_loss({**of, "task": "boolq", "closed": True}) == "1.000 (+0.500 ± 0.000)"
+
+
+def test_another_number_of_seeds_than_three_is_told() -> None:
+    of = {"mean": 0.5, "sd": 0.01, "seeds": 6, "steps": 120, "closed": True}
+    assert [metric(of | {"seeds": seeds}) for seeds in (2, 3, 6)] == ["50.0 ± 1.0 (2)", "50.0 ± 1.0", "50.0 ± 1.0 (6)"]
 
 
 def test_the_tables_do_with_a_method_that_is_not_there_or_on_some_tasks() -> None:

@@ -103,9 +103,8 @@ def planned(best: Mapping[Identity, Best]) -> str:
     ended = [len(found.lines) for found in there.values() if found.closed]
     others = [this for this, found in there.items() if not found.closed and dict(this)["task"] != "rte"]
     unended = len(there) - len(ended)
-    counts = ", ".join(
-        f"{ended.count(seeds)} with {name}" for seeds, name in ((1, "one seed"), (2, "two"), (3, "three"))
-    )
+    more = sum(seeds > 2 for seeds in ended)
+    counts = f"{ended.count(1)} with one seed, {ended.count(2)} with two, {more} with three or more"
     missing = len(cells) - len(there)
     return (
         f"Of the {len(cells)} cells of training that `bench basis` plans, {len(ended)} have a search that has ended: "

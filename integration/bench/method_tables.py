@@ -101,7 +101,7 @@ def _trained(name: str, found: Mapping[tuple[str, str], dict[str, Any]]) -> str:
 def metric(of: dict[str, Any]) -> str:
     """Mean ± sd in percent; the number of seeds where it is not three; * where the search for a rate has not ended."""
     spread = f" ± {100 * of['sd']:.1f}" if of["seeds"] > 1 else ""
-    few = f" ({of['seeds']})" if of["seeds"] < 3 and of["steps"] else ""
+    few = f" ({of['seeds']})" if of["seeds"] != 3 and of["steps"] else ""
     return f"{100 * of['mean']:.1f}{spread}{few}" + " *" * (not of["closed"])
 
 
@@ -114,7 +114,7 @@ def beside_lora(of: dict[str, Any]) -> str:
     """Mean score, and the loss less that of LoRA r = 8 (of LoRA itself its loss); nothing as for `settled`."""
     if not of["closed"]:
         return ""
-    few = f", {of['seeds']} seed{'s' * (of['seeds'] > 1)}" if of["seeds"] < 3 else ""
+    few = f", {of['seeds']} seed{'s' * (of['seeds'] > 1)}" if of["seeds"] != 3 else ""
     less = marked(of["less_lora"]) if any(of["less_lora"]) else f"{of['loss']:.3f}"
     return f"{100 * of['mean']:.1f} ({less}{few})"
 

@@ -248,8 +248,10 @@ class BaseModel:
         compute_in_float32(network)
         return network
 
-    def load_empty(self, task_type: str, *, dtype: str, num_labels: int | None = None) -> PreTrainedModel:
-        """As `load`, but with parameters that take no memory; its buffers are as the network makes them.
+    def load_empty(self, task_type: str, *, dtype: str = "float32", num_labels: int | None = None) -> PreTrainedModel:
+        """As `load`, but with parameters that take no memory, and in float32: most ask only for the shapes.
+
+        Its buffers are as the network makes them.
 
         Raises:
             BaseModelError: it is asked to generate and does not; whatever transformers raises on a config.json that

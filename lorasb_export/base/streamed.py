@@ -42,7 +42,7 @@ def streamed_model(
         None where the checkpoint does not hold the model's parameters one by one under their names: fused experts,
         renamed modules.
     """
-    network = base.load_empty(task_type, dtype="float32", num_labels=num_labels)
+    network = base.load_empty(task_type, num_labels=num_labels)
     sources = _sources(network, base, head or {})
     if sources is None:
         return None

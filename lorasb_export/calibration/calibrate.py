@@ -117,7 +117,7 @@ def calibrate(
     labels = in_order(labels, base.head_labels)
     classes = outputs_of(task_type, labels)
     if network is None:
-        empty = base.load_empty(task_type, dtype="float32", num_labels=classes)
+        empty = base.load_empty(task_type, num_labels=classes)
         targets_of(empty, base, settings)  # before weights are read
         network = base.load(task_type, dtype=settings.dtype, num_labels=classes, seed=settings.seed)
     require_outputs(network, classes)

@@ -31,7 +31,7 @@ def check(base: BaseModel, data: Mapping[str, AnySource | TaskData], settings: C
         targets_of(empty_of_drawn(base, settings), base, settings)
         return
     task_type, labels = common_kind(load_tasks(data))
-    network = base.load_empty(task_type, dtype="float32", num_labels=outputs_of(task_type, labels))
+    network = base.load_empty(task_type, num_labels=outputs_of(task_type, labels))
     targets_of(network, base, settings)
     require_positions(network, settings.max_length)
 

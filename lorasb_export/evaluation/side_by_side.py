@@ -49,7 +49,7 @@ def ask_adapters(
     loaded = _loaded(adapters, failed)
     base_model = _base_of(loaded, base)
     tokenizer = base_model.tokenizer
-    empty = base_model.load_empty(CAUSAL_LM, dtype="float32")
+    empty = base_model.load_empty(CAUSAL_LM)
     of_each = [max_tokens] * len(prompts)
     questions = checked_prompt_ids(tokenizer, prompts, of_each, unit=unit, **limits_of(empty))
     network = base_model.load(dtype=dtype)

@@ -202,7 +202,7 @@ class _Fitting:
         task_type = CAUSAL_LM if self._generates else SEQ_CLS  # where there are both: they share a body, that has them
         self._base.require_task(task_type)
         network = self._network() if self._trains else None
-        network = network or self._request.load_empty(task_type, dtype="float32", num_labels=None)
+        network = network or self._request.load_empty(task_type, num_labels=None)
         names, problems = defaultdict[int, list[str]](list), Problems()
         for name, settings in self._request.settings_of.items():
             names[settings.max_length].append(name)

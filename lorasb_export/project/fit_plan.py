@@ -64,7 +64,7 @@ def _check(request: FitRequest, name: str) -> Kind:
     request.refuse_there(name)
     task = request.checked(name)
     if task.task_type != CAUSAL_LM or request.base.generates:
-        empty = request.load_empty(task.task_type, dtype="float32", num_labels=task.num_labels)
+        empty = request.load_empty(task.task_type, num_labels=task.num_labels)
         require_positions(empty, request.settings_of[name].max_length, where=name)
     return task.task_type, task.num_labels
 
@@ -78,6 +78,6 @@ def _look(request: FitRequest, name: str, shared: dict[str, Basis | None]) -> tu
         raise TrainingError(what, where=shared_folder(request.project), fix=fix)
     task = request.task(name)
     request.base.require_task(task.task_type)
-    empty = request.load_empty(task.task_type, dtype="float32", num_labels=task.num_labels)
+    empty = request.load_empty(task.task_type, num_labels=task.num_labels)
     job = request.job(task, request.basis_for(name, shared))
     return job.plan(empty, resume=request.resume, overwrite=request.overwrite)

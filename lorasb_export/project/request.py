@@ -175,7 +175,7 @@ class FitRequest:
 
     def job(self, task: TaskData, basis: Basis | CalibrationSettings) -> Job:
         """What `fit` would do with `task`, to be asked what that comes to; no weights are loaded."""
-        empty = self.load_empty(task.task_type, dtype="float32", num_labels=task.num_labels)
+        empty = self.load_empty(task.task_type, num_labels=task.num_labels)
         out = absolute(self.targets[task.name])
         settings = with_rate(self.settings_of[task.name], self.base, basis, task, empty)
         start = self.starts.of(task.name)

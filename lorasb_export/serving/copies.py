@@ -1,4 +1,4 @@
-"""Copies of adapters, from which a server reads them again: what becomes of the folders meanwhile changes nothing."""
+"""Copies of adapters, or links to them, that a server reads: what becomes of the folders meanwhile changes nothing."""
 
 from __future__ import annotations
 

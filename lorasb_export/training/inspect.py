@@ -56,7 +56,7 @@ def inspect_data(data: AnySource | TaskData, base: AnyBase, settings: FitSetting
     refuse_merged(base.folder)
     base.require_task(task.task_type)
     task = replace(task, label_order=base.head_labels)
-    tokenizer, network = base.tokenizer, base.load_empty(task.task_type, dtype="float32", num_labels=task.num_labels)
+    tokenizer, network = base.tokenizer, base.load_empty(task.task_type, num_labels=task.num_labels)
     problems, kept, splits = Problems(), dict[str, list[Encoded]](), dict[str, dict[str, Any]]()
     with problems:
         check_rows(task, settings)

@@ -52,7 +52,7 @@ def _share_of_layers(
     """
     if network is not None and isinstance(basis, Basis):
         return len(basis.modules) / len(linear_layers(network))
-    empty = base.load_empty(task.task_type, dtype="float32", num_labels=task.num_labels)
+    empty = base.load_empty(task.task_type, num_labels=task.num_labels)
     chosen = basis.modules if isinstance(basis, Basis) else find_targets(empty, basis.targets)
     return len(chosen) / len(linear_layers(empty))
 
@@ -62,8 +62,7 @@ def own_basis(
 ) -> Basis:
     """The task's own basis, kept in `folder`, the run's; arguments as for `calibrate`."""
     alike = replace(settings, batch_size=CalibrationSettings.batch_size)  # which decides nothing but rounding
-    network_or_empty = network or base.load_empty(task.task_type, dtype="float32", num_labels=task.num_labels)
-    targets = targets_of(network_or_empty, base, settings)
+    targets = targets_of(network or base.load_empty(task.task_type, num_labels=task.num_labels), base, settings)
     of_base = [base.fingerprint(targets), recorded_template(base.folder, task)]
     made_from = json.dumps([asdict(alike), task.sha256, of_base])
     place = folder / f"basis-{hashlib.sha256(made_from.encode()).hexdigest()[:12]}"
